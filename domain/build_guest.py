@@ -1,0 +1,26 @@
+"""Build `domain._guest`; the declarations are read from guest.h."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "guest.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
+ffibuilder.set_source(
+    "domain._guest",
+    '#include "guest.h"',
+    sources=[os.path.relpath(HERE / "guest.c", ROOT)],
+    include_dirs=[str(HERE)],
+    libraries=["rt"],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
+)
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    ffibuilder.compile(tmpdir=str(ROOT))

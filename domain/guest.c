@@ -1,0 +1,147 @@
+/* What a guest kernel does below Python. Every access to memory that the hypervisor or a peer may be changing is here. */
+#define _GNU_SOURCE
+#include "guest.h"
+
+#include <errno.h>
+#include <mqueue.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <string.h>
+#include <unistd.h>
+
+struct vcpu_info {
+    _Atomic uint8_t upcall_pending;
+    _Atomic uint8_t upcall_mask;
+    uint8_t pad0[6];
+    _Atomic uint64_t pending_sel;
+    uint64_t rest[6];
+};
+struct shared_info {
+    struct vcpu_info vcpu[32];
+    _Atomic uint64_t pending[64];
+    _Atomic uint64_t mask[64];
+};
+_Static_assert(sizeof(struct vcpu_info) == 64, "vcpu_info");
+_Static_assert(offsetof(struct shared_info, pending) == 2048, "evtchn_pending");
+_Static_assert(offsetof(struct shared_info, mask) == 2560, "evtchn_mask");
+
+/* The trap: one message out, its reply in. Returns the reply's size or -errno. */
+int64_t hypercall_trap(int32_t request, int32_t reply, const void *message, uint64_t size, void *answer, uint64_t room)
+{
+    ssize_t got;
+
+    while (mq_send(request, message, size, 0))
+        if (errno != EINTR)
+            return -errno;
+    while ((got = mq_receive(reply, answer, room, NULL)) < 0)
+        if (errno != EINTR)
+            return -errno;
+    return got;
+}
+
+/* The upcall of xen.h: clear the flag first, take the selector, for each word take what is pending and not masked.
+ * Clearing before taking pairs with the hypervisor's exchange after its selector bit: an event that comes in between
+ * sets the flag again. At most `max` ports a call; what does not fit stays pending and keeps its selector bit. */
+int32_t upcall_drain(void *shared_info, uint32_t *ports, uint32_t max)
+{
+    struct shared_info *s = shared_info;
+    uint32_t n = 0;
+    uint64_t sel;
+
+    atomic_store(&s->vcpu[0].upcall_pending, 0);
+    sel = atomic_exchange(&s->vcpu[0].pending_sel, 0);
+    while (sel) {
+        uint32_t word = (uint32_t)__builtin_ctzll(sel);
+        uint64_t bits = atomic_load(&s->pending[word]) & ~atomic_load(&s->mask[word]);
+
+        while (bits && n < max) {
+            uint32_t bit = (uint32_t)__builtin_ctzll(bits);
+
+            atomic_fetch_and(&s->pending[word], ~((uint64_t)1 << bit));
+            bits &= bits - 1;
+            ports[n++] = word * 64 + bit;
+        }
+        if (bits) {
+            atomic_fetch_or(&s->vcpu[0].pending_sel, sel);
+            atomic_store(&s->vcpu[0].upcall_pending, 1);
+            break;
+        }
+        sel &= sel - 1;
+    }
+    return (int32_t)n;
+}
+
+void upcall_mask(void *shared_info)
+{
+    atomic_store(&((struct shared_info *)shared_info)->vcpu[0].upcall_mask, 1);
+}
+
+/* 1: something came while upcalls were masked, and no signal will say so. */
+int32_t upcall_unmask(void *shared_info)
+{
+    struct vcpu_info *v = &((struct shared_info *)shared_info)->vcpu[0];
+
+    atomic_store(&v->upcall_mask, 0);
+    return atomic_load(&v->upcall_pending) != 0;
+}
+
+void event_mask(void *shared_info, uint32_t port)
+{
+    atomic_fetch_or(&((struct shared_info *)shared_info)->mask[port / 64], (uint64_t)1 << port % 64);
+}
+
+void signal_clear(int32_t fd)
+{
+    char info[128];
+
+    while (read(fd, info, sizeof info) > 0) {
+    }
+}
+
+void memory_copy(void *to, const void *from, uint64_t size)
+{
+    memcpy(to, from, size);
+}
+
+void memory_zero(void *at, uint64_t size)
+{
+    memset(at, 0, size);
+}
+
+/* Introduce a grant: domid and frame first, the flags that make it valid last. -EBUSY if the entry is in use. */
+int32_t grant_set(void *table, uint32_t ref, uint16_t flags, uint16_t domid, uint32_t frame)
+{
+    _Atomic uint64_t *entry = (_Atomic uint64_t *)table + ref;
+    uint64_t body = (uint64_t)frame << 32 | (uint64_t)domid << 16;
+
+    if (atomic_load(entry) & 0xffff)
+        return -EBUSY;
+    atomic_store(entry, body);
+    atomic_store(entry, body | flags);
+    return 0;
+}
+
+/* Revoke: only while nobody maps it (GTF_reading 8, GTF_writing 16); the exchange decides against a map under way. */
+int32_t grant_end(void *table, uint32_t ref)
+{
+    _Atomic uint64_t *entry = (_Atomic uint64_t *)table + ref;
+    uint64_t seen = atomic_load(entry);
+
+    do {
+        if (seen & (8 | 16))
+            return -EBUSY;
+    } while (!atomic_compare_exchange_strong(entry, &seen, 0));
+    return 0;
+}
+
+int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f)
+{
+    register int64_t r10 __asm__("r10") = d, r8 __asm__("r8") = e, r9 __asm__("r9") = f;
+    int64_t ret;
+
+    __asm__ volatile("syscall"
+                     : "=a"(ret)
+                     : "a"(nr), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+                     : "rcx", "r11", "memory");
+    return ret;
+}

@@ -1,0 +1,21 @@
+/* The guest's C half: hypercall transport, event bitmaps, memory, raw system calls. build_guest.py hands these to cffi. */
+#ifndef RING1_GUEST_H
+#define RING1_GUEST_H
+
+#include <stdint.h>
+
+/* cdef begin */
+int64_t hypercall_trap(int32_t request, int32_t reply, const void *message, uint64_t size, void *answer, uint64_t room);
+int32_t upcall_drain(void *shared_info, uint32_t *ports, uint32_t max);
+void upcall_mask(void *shared_info);
+int32_t upcall_unmask(void *shared_info);
+void event_mask(void *shared_info, uint32_t port);
+void signal_clear(int32_t fd);
+void memory_copy(void *to, const void *from, uint64_t size);
+void memory_zero(void *at, uint64_t size);
+int32_t grant_set(void *table, uint32_t ref, uint16_t flags, uint16_t domid, uint32_t frame);
+int32_t grant_end(void *table, uint32_t ref);
+int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f);
+/* cdef end */
+
+#endif

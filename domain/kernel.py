@@ -1,0 +1,218 @@
+"""A guest kernel: boot on one screen, then programs written as `async def main(kernel)`."""
+
+from __future__ import annotations
+
+import importlib
+import select
+import sys
+import time
+import traceback
+from collections.abc import Coroutine
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from domain import memory, sched
+from domain._guest import ffi, lib
+from domain.evtchn import EventChannels
+from domain.grant import Grants
+from domain.hypercall import Trap
+from domain.memory import Memory
+from domain.sched import Event, Scheduler, Task
+from hypervisor.public.console import ConsoleWrite
+from hypervisor.public.hypercall import Hypercall
+from hypervisor.public.layout import KERNEL_PFN
+from hypervisor.public.sched import SchedShutdown, SetTimer, ShutdownReason
+from hypervisor.public.start_info import StartInfo
+from hypervisor.public.types import CONSOLE_BYTES, PAGE_SIZE, VIRQ_TIMER
+
+if TYPE_CHECKING:
+    from domain.blkfront import BlockDevice
+    from domain.console import Console
+    from domain.netfront import NetDevice
+    from domain.store import Store
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def start(address: int) -> NoReturn:
+    """The first instruction of a Python guest: boot, run the program, shut down."""
+    kernel = Kernel(StartInfo.unpack(memory.read(address, PAGE_SIZE)))
+    kernel.boot()
+    main = kernel.load()
+    kernel.run(main)
+
+
+class Kernel:
+    """What a program gets: this domain's memory, events, grants, devices and time."""
+
+    store: Store
+    console: Console
+
+    def __init__(self, info: StartInfo) -> None:
+        self.start, self.domid, self.name, self.cmdline = info, info.domid, info.name, info.cmdline
+        self.hypercall = Trap(info.request_mqd, info.reply_mqd)
+        self.evtchn = EventChannels(self, info.window + info.shared_info)
+        self.memory = Memory(KERNEL_PFN + -(-info.mod_len // PAGE_SIZE), info.nr_pages)
+        self.grants = Grants(self, info.window + info.grant_table, info.nr_grant_entries)
+        self.scheduler = Scheduler(self.now_ns, self._idle)
+        self._poll = select.poll()
+        self._waiting: dict[int, Event] = {}
+        self._timer_port = 0
+        self._timer_set = 0
+
+    # ---- boot
+
+    def boot(self) -> None:
+        """In the order a kernel needs them."""
+        sched.install(self.scheduler)
+        self.scheduler.on_error = self._task_failed
+        self._poll.register(self.start.upcall_fd, select.POLLIN)  # upcalls
+        self._timer_port = self.evtchn.bind_virq(VIRQ_TIMER)  # time
+        if self.start.store_evtchn:
+            self.evtchn.adopt(self.start.store_evtchn)
+            self.evtchn.adopt(self.start.console_evtchn)
+            self._connect()
+        sys.meta_path.insert(0, _NotPreloaded())  # no file can be opened any more
+
+    def _connect(self) -> None:
+        """The two rings that the builder set up: store and console."""
+        from domain.console import Console
+        from domain.store import Store
+
+        self.store = Store(self)
+        self.console = Console(self)
+        sys.stdout = sys.stderr = self.console.stream()
+
+    def load(self) -> Any:
+        """The program's main: of the driver domain's module, or of the delivered image."""
+        if self.start.entry:
+            return importlib.import_module(self.start.entry).main
+        source = memory.read(self.start.window + self.start.mod_start, self.start.mod_len)
+        module = ModuleType("__guest__")
+        sys.modules["__guest__"] = module
+        try:
+            exec(compile(source, f"<{self.name}>", "exec"), module.__dict__)
+            return module.main  # type: ignore[attr-defined]
+        except BaseException as error:
+            self._crash("the kernel image cannot be started", error)
+
+    def run(self, main: Any) -> NoReturn:
+        """The program's life: its value is the exit code."""
+        task = self.spawn(main(self), name="main")
+        try:
+            value = self.scheduler.run(task)
+        except SystemExit as stop:
+            value = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except BaseException as error:
+            self._crash("main failed", error)
+        self.shutdown(ShutdownReason.POWEROFF, value if isinstance(value, int) else 0)
+
+    def shutdown(self, reason: ShutdownReason = ShutdownReason.POWEROFF, code: int = 0, why: str = "") -> NoReturn:
+        """End this domain; what the console has not taken yet is given up to 2 s."""
+        self._flush_console()
+        self.hypercall(SchedShutdown(int(reason), code & 0xFF, why.encode()[:CONSOLE_BYTES].decode(errors="ignore")))
+        raise AssertionError("shutdown returned")
+
+    def _flush_console(self) -> None:
+        if getattr(self, "console", None) is None or self.scheduler.current is not None:
+            return
+        try:
+            self.scheduler.run(self.spawn(sched.timeout(2.0, self.console.drained())))
+        except Exception:
+            pass  # whoever reads it is gone: the end goes on
+
+    def _crash(self, what: str, error: BaseException) -> NoReturn:
+        text = "".join(traceback.format_exception(error))
+        for line in text.splitlines()[-8:]:
+            self.hypercall(ConsoleWrite(line.encode()[:CONSOLE_BYTES]))
+        if getattr(self, "console", None) is not None:
+            self.console.write(text)
+        self.scheduler.current = None
+        self.shutdown(ShutdownReason.CRASH, 1, f"{what}: {type(error).__name__}: {error}")
+
+    def _task_failed(self, task: Task[Any], error: BaseException) -> None:
+        if task.name != "main":
+            self._crash(f"task {task.name} failed", error)
+
+    # ---- what programs use
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T], name: str = "") -> Task[T]:
+        """A kernel thread."""
+        return self.scheduler.spawn(coroutine, name)
+
+    def call(self, request: Hypercall[R]) -> R:
+        """A hypercall, for what the library does not cover."""
+        return self.hypercall(request)
+
+    def now_ns(self) -> int:
+        """System time: ns since the hypervisor booted."""
+        return time.monotonic_ns() - self.start.boot_ns
+
+    async def sleep(self, seconds: float) -> None:
+        await sched.sleep(seconds)
+
+    async def block(self, name: str = "xvda") -> BlockDevice:
+        """The virtual disk of that name, connected."""
+        from domain.blkfront import BlockDevice
+
+        return await BlockDevice.open(self, name)
+
+    async def net(self, name: str = "eth0") -> NetDevice:
+        """The virtual interface of that name, connected."""
+        from domain.netfront import NetDevice
+
+        return await NetDevice.open(self, name)
+
+    async def readable(self, fd: int) -> None:
+        """Until `fd` can be read: for dom0 and driver domains, which have descriptors."""
+        await self._ready(fd, select.POLLIN)
+
+    async def writable(self, fd: int) -> None:
+        await self._ready(fd, select.POLLOUT)
+
+    async def _ready(self, fd: int, mask: int) -> None:
+        assert fd not in self._waiting, f"two tasks wait for descriptor {fd}"
+        self._waiting[fd] = event = Event()
+        self._poll.register(fd, mask)
+        try:
+            await event.wait()
+        finally:
+            self._poll.unregister(fd)
+            del self._waiting[fd]
+
+    # ---- idle: SCHEDOP_block
+
+    def _idle(self, timeout: float) -> None:
+        """Look, then sleep until an upcall, a descriptor or the timer. `timeout` in seconds, -1 for ever."""
+        if self.evtchn.drain():
+            return
+        if timeout > 0:
+            self._arm(timeout)
+        for fd, _ in self._poll.poll(0 if timeout == 0 else None):
+            if fd == self.start.upcall_fd:
+                lib.signal_clear(fd)
+                self.evtchn.drain()
+            elif fd in self._waiting:
+                self._waiting[fd].set()
+
+    def _arm(self, timeout: float) -> None:
+        """One hypercall, unless the timer is set to fire by then."""
+        now = self.now_ns()
+        deadline = now + int(timeout * 1e9)
+        if not now < self._timer_set <= deadline:
+            self._timer_set = deadline
+            self.hypercall(SetTimer(deadline))
+
+
+class _NotPreloaded:
+    """The last word on imports in a locked domain."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        raise ImportError(f"{name} is not preloaded: a domain opens no files once it is locked (the list is in hypervisor/zygote.py)")
+
+
+def address_of(pointer: Any) -> int:
+    """The number of a cffi pointer."""
+    return int(ffi.cast("uintptr_t", pointer))

@@ -1,0 +1,232 @@
+"""The hypervisor: one thread, one loop, every table. The only module that names all the others.
+
+A message on a domain's request queue becomes a typed call (dispatch), a handler's value becomes the reply. While a
+continuation of a domain runs, its queue is not read: one call at a time, as on one virtual CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from typing import Any, NoReturn
+
+import msgpack
+import posix_ipc
+
+from hypervisor import console, dispatch, domctl, evtchn, grant, lifecycle, memory, sched, sysctl, version
+from hypervisor.domain import DOM0, Domain
+from hypervisor.frames import FrameTable
+from hypervisor.gate.monitor import MonitorGone, sealed_code
+from hypervisor.host import Host
+from hypervisor.loop import Loop, Steps, run_task
+from hypervisor.machine import MachineMemory
+from hypervisor.processes import Children
+from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.errors import Invalid, NoSuchDomain, NotPermitted, XenError
+from hypervisor.public.hypercall import decode_message
+from hypervisor.public.layout import (
+    FD_DESCRIPTORS,
+    FD_REPLY,
+    FD_REQUEST,
+    FD_UPCALL,
+    GRANT_ENTRIES,
+    GRANT_PFN,
+    KERNEL_WINDOW,
+    SHARED_INFO,
+    START_INFO_PFN,
+    VIRT_BASE,
+    virt,
+)
+from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
+from hypervisor.public.types import DOMID_SELF, MESSAGE_BYTES, VIRQ_CONSOLE
+from hypervisor.zygote import Zygote
+
+DOM0_FRAMES = 2048
+UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
+
+
+class Hypervisor:
+    def __init__(self, host: Host, nr_frames: int) -> None:
+        self.boot_ns = time.monotonic_ns()
+        self._stopped = ""  # why the machine ends
+        self._log = console.Log(self.boot_ns)
+        self.host, self.instance, self.journal = host, host.instance, host.journal
+        self.landlock, self.own_uids = host.landlock, host.own_uids
+        self.isolation, self.layers = host.isolation, host.layers
+        self.table = dispatch.table([console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version])
+        self.loop = Loop()
+        self.children = Children(self.loop)
+        name = f"/{self.instance}-machine"
+        self.journal(f"shm {name}")
+        self.machine = MachineMemory(nr_frames, name)
+        self.frames = FrameTable(nr_frames)
+        self.code_fd = sealed_code()
+        self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
+        self.domains: dict[int, Domain] = {}
+        self.next_domid = 1
+        self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.descriptors.setblocking(False)
+        self.zygote = Zygote(self.loop, self.children.adopt, self.log, self.panic)
+
+    # ---- dom0 and the run
+
+    def boot_dom0(self, entry: str, cmdline: str) -> None:
+        """dom0 is the hypervisor's to build: no builder stands above it."""
+        dom0 = Domain(DOM0, "dom0", CreateFlags.DRIVER | CreateFlags.DEBUG)
+
+        def built(_: Any, error: BaseException | None) -> None:
+            if error is not None:
+                self.panic(f"dom0 cannot start: {error}")
+                return
+            info = StartInfo(
+                len(dom0.p2m), SIF_PRIVILEGED | SIF_INITDOMAIN, 0, 0, 0, 0, 0, 0, cmdline, DOM0, "dom0", VIRT_BASE,
+                KERNEL_WINDOW, SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, FD_DESCRIPTORS, self.boot_ns,
+                virt(GRANT_PFN), GRANT_ENTRIES, entry,
+            )  # fmt: skip
+            self.machine.write(dom0.p2m[START_INFO_PFN], 0, info.pack())
+            lifecycle.launch(self, dom0)
+
+        steps = lifecycle.create(self, dom0, DOM0_FRAMES, entry, self._dom0_descriptors.fileno())
+        run_task(steps, built)
+
+    def run(self) -> str:
+        """Until dom0 shuts the machine down or dies; returns why."""
+        self.host.drop_privileges()
+        while not self._stopped:
+            self.loop.step()
+        self.zygote.stopping = True
+        for pid in self.children.live():
+            try:
+                os.kill(pid, signal.SIGKILL)  # unreaped children: their pids cannot be recycled
+            except ProcessLookupError:
+                pass
+        while self.children.live():
+            self.loop.step()
+        return self._stopped
+
+    def stop(self, why: str) -> None:
+        """End everything in good order: dom0 asked for it."""
+        self.log(f"shutting down: {why}")
+        self._stopped = self._stopped or why
+
+    def panic(self, why: str) -> None:
+        """End everything: what the machine cannot do without is gone."""
+        if not self._stopped:
+            self.log(f"PANIC: {why}")
+            self._stopped = f"panic: {why}"
+
+    # ---- hypercalls
+
+    def serve(self, caller: Domain) -> None:
+        """One message of one domain. It is the caller's queue: that is who calls."""
+        if caller.busy or caller.queues is None:
+            return
+        try:
+            message, _ = caller.queues[0].receive()
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return
+        caller.hypercalls += 1
+        sequence = 0
+        try:
+            op, sequence, arguments = decode_message(message)
+            outcome = dispatch.call(self, caller, op, arguments)
+        except XenError as error:
+            self._reply(caller, [sequence, error.errno])
+            return
+        if hasattr(outcome, "send"):
+            caller.busy = True
+            self.loop.unwatch(caller.queues[0].mqd)
+            run_task(outcome, lambda value, error: self._completed(caller, sequence, value, error))
+        else:
+            self._reply(caller, [sequence, 0, *_values(outcome)])
+
+    def _completed(self, caller: Domain, sequence: int, value: Any, error: BaseException | None) -> None:
+        caller.busy = False
+        if not caller.alive or caller.queues is None:
+            return
+        if isinstance(error, MonitorGone):
+            error = NoSuchDomain("it ended meanwhile")
+        if error is not None and not isinstance(error, XenError):
+            self._bug(error)
+        assert caller.queues is not None
+        self.loop.watch(caller.queues[0].mqd, lambda: self.serve(caller))
+        self._reply(caller, [sequence, error.errno] if isinstance(error, XenError) else [sequence, 0, *_values(value)])
+
+    def _reply(self, caller: Domain, items: list[Any]) -> None:
+        """Never waits: a guest that does not read its replies loses them."""
+        if caller.queues is None or not caller.alive:
+            return
+        message = msgpack.packb(items)
+        assert len(message) <= MESSAGE_BYTES, f"reply of {len(message)} bytes"
+        try:
+            caller.queues[1].send(message)
+        except posix_ipc.BusyError:
+            caller.lost_replies += 1
+
+    def start(self, steps: Steps) -> None:
+        """Run a continuation of the hypervisor's own; it may not fail."""
+
+        def done(_: Any, error: BaseException | None) -> None:
+            if error is not None:
+                self._bug(error)
+
+        run_task(steps, done)
+
+    def _bug(self, error: BaseException) -> NoReturn:
+        self.log(f"BUG: {type(error).__name__}: {error}")
+        raise error
+
+    # ---- what handlers ask
+
+    def lookup(self, domid: int) -> Domain:
+        """A living domain. Raises NoSuchDomain; a dead one's record is found too, as Xen finds a dying domain."""
+        domain = self.domains.get(domid)
+        if domain is None:
+            raise NoSuchDomain(f"no domain {domid}")
+        return domain
+
+    def target(self, caller: Domain, domid: int) -> Domain:
+        """SELF, or for dom0 anybody. Raises NoSuchDomain, NotPermitted, Invalid (a dead one)."""
+        if domid in (DOMID_SELF, caller.domid):
+            return caller
+        if not caller.privileged:
+            raise NotPermitted("another domain's")
+        domain = self.lookup(domid)
+        if not domain.alive:
+            raise Invalid(f"domain {domid} is {domain.state}")
+        return domain
+
+    def uid_of(self, domain: Domain) -> int:
+        return UID_BASE + domain.domid if self.own_uids and not domain.privileged else -1
+
+    def cpu_ns(self, domain: Domain) -> int:
+        """CPU time of a domain's process and monitor so far, by their own clocks."""
+        total = 0
+        for process in (domain.process, domain.monitor_process):
+            if process is not None and not process.ended:
+                try:
+                    total += time.clock_gettime_ns((~process.pid << 3) | 2)
+                except OSError:
+                    pass
+        domain.cpu_ns = max(domain.cpu_ns, total)
+        return domain.cpu_ns
+
+    def log(self, line: str) -> None:
+        self._log.add(line)
+        dom0 = self.domains.get(DOM0)
+        if dom0 is not None:
+            evtchn.raise_virq(self, dom0, VIRQ_CONSOLE)
+
+    def guest_log(self, domain: Domain, data: bytes) -> None:
+        self._log.guest(domain, data)
+
+    def log_text(self) -> str:
+        return self._log.text()
+
+
+def _values(outcome: Any) -> list[Any]:
+    if outcome is None:
+        return []
+    return list(outcome) if isinstance(outcome, tuple) else [outcome]

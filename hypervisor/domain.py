@@ -1,0 +1,128 @@
+"""What the hypervisor knows of a domain, grouped by who uses it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import posix_ipc
+
+from hypervisor.gate.monitor import Monitor
+from hypervisor.loop import Resume, Timer
+from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.layout import VIRT_BASE
+from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from hypervisor.evtchn import Channel
+    from hypervisor.grant import GrantMapping
+
+DOM0 = 0
+
+
+@dataclass
+class Process:
+    """A child of the hypervisor. `pid` may be reused once `ended`; `pidfd` may not."""
+
+    pid: int
+    pidfd: int
+    ended: bool = False
+    status: int = 0  # si_status: exit code or signal
+    by_signal: bool = False
+    waiting: list[Resume] = field(default_factory=list)
+
+    def exited(self, resume: Resume) -> None:
+        """A Wait for its end."""
+        if self.ended:
+            resume(None)
+        else:
+            self.waiting.append(resume)
+
+    def signal(self, number: int) -> None:
+        """Send, or do nothing where there is nobody left."""
+        if not self.ended:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Domain:
+    """One domain, from its creation to the day dom0 forgets its record."""
+
+    def __init__(self, domid: int, name: str, flags: CreateFlags) -> None:
+        # identity
+        self.domid, self.name, self.flags = domid, name, flags
+        self.privileged = domid == DOM0
+        # life: building -> paused <-> running -> dying -> dead
+        self.state = "building"
+        self.launched = False
+        self.reason = ""
+        self.exit_code = -1
+        self.process: Process | None = None
+        self.monitor_process: Process | None = None
+        self.smaps_fd = -1
+        self.fail: Callable[[str], None] = lambda why: None  # begin its end, with a reason
+        self._when_dead: list[Callable[[], None]] = []
+        # memory: pfn -> mfn, and the address space
+        self.p2m: list[int] = []
+        self.max_frames = 0
+        self.own_refs: list[tuple[int, bool]] = []  # references its own mapping holds
+        self.monitor: Monitor | None = None
+        self.shared_info: Any = None
+        self.entry = 0
+        # hypercalls
+        self.queues: tuple[posix_ipc.MessageQueue, posix_ipc.MessageQueue] | None = None
+        self.busy = False  # a continuation of its runs: its queue is not read
+        # events
+        self.ports: dict[int, Channel] = {}
+        self.virqs: dict[int, int] = {}
+        self.timer: Timer | None = None
+        self.blocked: Resume | None = None
+        # grants: what it maps of others, what others map of it
+        self.maptrack: dict[int, GrantMapping] = {}
+        self.active: dict[int, list[GrantMapping]] = {}
+        self.reserved_vas: set[int] = set()
+        self.next_handle = 1
+        # counters
+        self.hypercalls = self.lost_replies = 0
+        self.events_sent = self.events_delivered = self.events_elided = 0
+        self.cpu_ns = 0
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.domid})"
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("building", "paused", "running")
+
+    def translate(self, va: int) -> tuple[int, int] | None:
+        """(mfn, offset) of a guest-virtual address in the boot mapping, or None where nothing is mapped."""
+        pfn = (va - VIRT_BASE) >> PAGE_SHIFT
+        if 0 <= pfn < len(self.p2m):
+            return self.p2m[pfn], va % PAGE_SIZE
+        return None
+
+    def dead(self, resume: Resume) -> None:
+        """A Wait: until nothing of this domain can touch a frame."""
+        if self.state == "dead":
+            resume(None)
+        else:
+            self._when_dead.append(lambda: resume(None))
+
+    def died(self) -> None:
+        """Its teardown is complete."""
+        self.state = "dead"
+        waiting, self._when_dead = self._when_dead, []
+        for call in waiting:
+            call()
+
+

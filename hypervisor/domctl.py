@@ -1,0 +1,201 @@
+"""What dom0 does to domains: create, build, launch, stop, destroy, ask."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from hypervisor import grant, lifecycle
+from hypervisor.dispatch import hypercall
+from hypervisor.domain import DOM0, Domain
+from hypervisor.gate.monitor import PROT_EXEC, PROT_READ, PROT_WRITE, MonitorError, MonitorGone
+from hypervisor.loop import Steps
+from hypervisor.public import domctl as abi
+from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.errors import Busy, Exists, Invalid, NoMemory, NoSpace, NotPermitted, TooBig
+from hypervisor.public.layout import KERNEL_PFN, VIRT_BASE, virt
+from hypervisor.public.types import DOMID_FIRST_RESERVED, MAX_BATCH, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+MAX_FRAMES = 48_000 * 64  # 48,000 host mappings of the longest run
+
+
+@hypercall(abi.CreateDomain)
+def create(hv: Hypervisor, caller: Domain, call: abi.CreateDomain) -> Steps:
+    flags = CreateFlags(call.flags & 15)
+    if call.flags != flags or call.nr_descriptors > 1 or not NAME.match(call.name):
+        raise Invalid("flags, nr_descriptors or name")
+    if bool(call.entry) != bool(flags & CreateFlags.DRIVER) or (call.entry and not call.entry.startswith("dom0.")):
+        raise Invalid("an entry is for driver domains, and one of dom0's")
+    if any(d.name == call.name and d.state != "dead" for d in hv.domains.values()):
+        raise Exists(f"a domain named {call.name}")
+    if not KERNEL_PFN < call.nr_frames <= MAX_FRAMES:
+        raise NoMemory(f"{call.nr_frames} frames: at least {KERNEL_PFN + 1}, at most {MAX_FRAMES}")
+    domid = _free_domid(hv)
+    fd = _take_descriptor(hv) if call.nr_descriptors else -1
+
+    domain = Domain(domid, call.name, flags)
+    try:
+        yield from lifecycle.create(hv, domain, call.nr_frames, call.entry, fd)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return domid
+
+
+def _free_domid(hv: Hypervisor) -> int:
+    """The next number, as Xen counts; not one whose record still stands."""
+    for _ in range(1, DOMID_FIRST_RESERVED):
+        domid = hv.next_domid
+        hv.next_domid = domid + 1 if domid + 1 < DOMID_FIRST_RESERVED else 1
+        if domid not in hv.domains:
+            return domid
+    raise NoSpace("domids")
+
+
+def _take_descriptor(hv: Hypervisor) -> int:
+    """The one that dom0 sent just before this call."""
+    try:
+        _, fds, _, _ = socket.recv_fds(hv.descriptors, 64, 4)
+    except BlockingIOError:
+        fds = []
+    for fd in fds[1:]:
+        os.close(fd)
+    if not fds:
+        raise Invalid("no descriptor came before this call")
+    return fds[0]
+
+
+@hypercall(abi.DestroyDomain)
+def destroy(hv: Hypervisor, caller: Domain, call: abi.DestroyDomain) -> Steps:
+    domain = _other(hv, call.domid)
+    lifecycle.end(hv, domain, "destroyed")
+    yield domain.dead
+    if hv.domains.get(domain.domid) is domain:
+        del hv.domains[domain.domid]
+
+
+def _other(hv: Hypervisor, domid: int) -> Domain:
+    domain = hv.lookup(domid)
+    if domain.domid == DOM0:
+        raise Invalid("not dom0")
+    return domain
+
+
+@hypercall(abi.PauseDomain)
+def pause(hv: Hypervisor, caller: Domain, call: abi.PauseDomain) -> None:
+    domain = _other(hv, call.domid)
+    if domain.state != "running" or domain.process is None:
+        raise Invalid(f"domain {domain.domid} is {domain.state}")
+
+    domain.process.signal(signal.SIGSTOP)
+    domain.state = "paused"
+
+
+@hypercall(abi.UnpauseDomain)
+def unpause(hv: Hypervisor, caller: Domain, call: abi.UnpauseDomain) -> None:
+    domain = _other(hv, call.domid)
+    if domain.state != "paused" or domain.process is None:
+        raise Invalid(f"domain {domain.domid} is {domain.state}")
+    if domain.active.get(grant.FOREIGN):
+        raise Busy("its frames are still mapped by the builder")
+    if domain.flags & CreateFlags.NATIVE and not domain.entry:
+        raise Invalid("a native domain without launch_info")
+
+    if domain.launched:
+        domain.state = "running"
+        domain.process.signal(signal.SIGCONT)
+    else:
+        lifecycle.launch(hv, domain)
+
+
+@hypercall(abi.GetDomainInfo)
+def get_info(hv: Hypervisor, caller: Domain, call: abi.GetDomainInfo) -> tuple[object, ...]:
+    return info(hv, hv.lookup(call.domid))
+
+
+def info(hv: Hypervisor, d: Domain) -> abi.DomainInfo:
+    """A snapshot; the reason is cut so that it fits a message."""
+    return abi.DomainInfo(
+        d.domid, d.name, d.state, d.reason[:100], d.exit_code, d.process.pid if d.process else 0,
+        d.monitor_process.pid if d.monitor_process else 0, len(d.p2m), d.max_frames,
+        len({m.mfn for group in d.active.values() for m in group}), hv.cpu_ns(d), d.hypercalls, d.events_sent,
+        d.events_delivered, d.events_elided, int(d.flags),
+    )  # fmt: skip
+
+
+# ---- building
+
+
+def _being_built(hv: Hypervisor, domid: int) -> Domain:
+    domain = _other(hv, domid)
+    if domain.launched or domain.state != "paused":
+        raise NotPermitted(f"domain {domid} is not being built")
+    return domain
+
+
+@hypercall(abi.MapForeign)
+def map_foreign(hv: Hypervisor, caller: Domain, call: abi.MapForeign) -> Steps:
+    domain = _being_built(hv, call.domid)
+    if call.count > MAX_BATCH:
+        raise TooBig(f"{call.count} frames, at most {MAX_BATCH}")
+    if call.pfn + call.count > len(domain.p2m):
+        raise Invalid(f"pfn {call.pfn}+{call.count}: the domain has {len(domain.p2m)}")
+    addresses = [call.address + i * PAGE_SIZE for i in range(call.count)]
+    if not all(grant.address_is_free(caller, va) for va in addresses):
+        raise Invalid("the address is not free")
+    assert caller.monitor is not None
+
+    pages = []
+    for i, va in enumerate(addresses):
+        mfn = domain.p2m[call.pfn + i]
+        grant.hold(hv, domain, caller, grant.FOREIGN, mfn, va, writable=True)
+        pages.append((va, mfn, PROT_READ | PROT_WRITE))
+    try:
+        yield from caller.monitor.map(pages)
+    except MonitorError as error:
+        caller.fail(f"its monitor could not map: {error}")
+        raise MonitorGone from None
+
+
+@hypercall(abi.UnmapForeign)
+def unmap_foreign(hv: Hypervisor, caller: Domain, call: abi.UnmapForeign) -> Steps:
+    if call.count > MAX_BATCH:
+        raise TooBig(f"{call.count} pages, at most {MAX_BATCH}")
+    at = {m.va: m for m in caller.maptrack.values() if m.ref == grant.FOREIGN and not m.leaving}
+    wanted = [at.get(call.address + i * PAGE_SIZE) for i in range(call.count)]
+    if not all(wanted):
+        raise Invalid("not a foreign mapping")
+
+    mappings = [m for m in wanted if m is not None]
+    for mapping in mappings:
+        mapping.leaving = True
+    yield from grant.release(hv, caller, mappings)
+
+
+@hypercall(abi.LaunchInfo)
+def launch_info(hv: Hypervisor, caller: Domain, call: abi.LaunchInfo) -> Steps:
+    domain = _being_built(hv, call.domid)
+    text = range(call.text_pfn, call.text_pfn + call.text_count)
+    if not call.text_count or text.start < KERNEL_PFN or text.stop > len(domain.p2m):
+        raise Invalid("the executable frames lie outside the kernel's")
+    if not virt(text.start) <= call.entry < virt(text.stop) or call.entry < VIRT_BASE:
+        raise Invalid("the entry is not in an executable frame")
+    if domain.entry:
+        raise Invalid("launch_info was given already")
+    assert domain.monitor is not None
+
+    domain.entry = call.entry
+    yield from domain.monitor.map([(virt(pfn), domain.p2m[pfn], PROT_READ | PROT_EXEC) for pfn in text])
+    for pfn in text:  # the writable reference of the boot mapping becomes a read-only one
+        mfn = domain.p2m[pfn]
+        hv.frames.get(mfn, False)
+        hv.frames.put(mfn, True)
+        domain.own_refs.remove((mfn, True))
+        domain.own_refs.append((mfn, False))

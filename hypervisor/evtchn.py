@@ -1,0 +1,195 @@
+"""Event channels: ports, bindings, delivery. Rules in hypervisor/public/evtchn.py.
+
+A channel's two ends name each other; closing one leaves the other UNBOUND for the same domain. Delivery sets bits in the
+receiver's shared_info and signals only on the edge (gate/shared.c); the hypervisor never reads anything else there.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypervisor.dispatch import hypercall
+from hypervisor.domain import DOM0, Domain
+from hypervisor.gate._gate import lib
+from hypervisor.public import evtchn as abi
+from hypervisor.public.errors import Exists, Invalid, NoSpace, NotPermitted
+from hypervisor.public.evtchn import State
+from hypervisor.public.types import DOMID_SELF, MAX_PORTS, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_DOM_EXC, VIRQ_TIMER
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+OWN_VIRQS = {VIRQ_TIMER, VIRQ_DEBUG}
+DOM0_VIRQS = {VIRQ_CONSOLE, VIRQ_DOM_EXC}
+
+
+@dataclass
+class Channel:
+    """One end: a port of a domain."""
+
+    state: State
+    remote_domid: int = 0
+    remote_port: int = 0
+    virq: int = 0
+
+
+# ---- delivery
+
+
+def notify(hv: Hypervisor, domain: Domain, port: int) -> None:
+    """Set a port pending; one signal, and only on the edge."""
+    if not domain.alive or domain.shared_info is None:
+        return
+    if lib.evtchn_set_pending(domain.shared_info, port):
+        kick(domain)
+    else:
+        domain.events_elided += 1
+
+
+def kick(domain: Domain) -> None:
+    """The upcall: a signal that says "look", and the reply of a blocked call."""
+    domain.events_delivered += 1
+    if domain.blocked is not None:
+        resume, domain.blocked = domain.blocked, None
+        resume(None)
+    if domain.launched and domain.process is not None:
+        domain.process.signal(signal.SIGUSR2)
+
+
+def raise_virq(hv: Hypervisor, domain: Domain, virq: int) -> None:
+    """Nothing where the domain has not bound it."""
+    port = domain.virqs.get(virq)
+    if port is not None:
+        notify(hv, domain, port)
+
+
+# ---- ports
+
+
+def _free_port(domain: Domain) -> int:
+    if len(domain.ports) >= MAX_PORTS:
+        raise NoSpace(f"{MAX_PORTS} ports are bound")
+    return next(port for port in range(1, MAX_PORTS + 2) if port not in domain.ports)
+
+
+def _channel(domain: Domain, port: int) -> Channel:
+    channel = domain.ports.get(port)
+    if channel is None:
+        raise Invalid(f"port {port} is closed")
+    return channel
+
+
+def _close(hv: Hypervisor, domain: Domain, port: int) -> None:
+    channel = domain.ports.pop(port)
+    if channel.state == State.VIRQ:
+        del domain.virqs[channel.virq]
+    elif channel.state == State.INTERDOMAIN:
+        remote = hv.domains.get(channel.remote_domid)
+        other = remote.ports.get(channel.remote_port) if remote else None
+        if remote and other:
+            other.state, other.remote_domid, other.remote_port = State.UNBOUND, domain.domid, 0
+    if domain.alive and domain.shared_info is not None:
+        lib.evtchn_clear(domain.shared_info, port)
+
+
+def close_all(hv: Hypervisor, domain: Domain) -> None:
+    """Every port of a domain that resets or ends. The other ends are told: their peer is gone."""
+    for port in list(domain.ports):
+        channel = domain.ports[port]
+        peer = (channel.remote_domid, channel.remote_port) if channel.state == State.INTERDOMAIN else None
+        _close(hv, domain, port)
+        if peer and peer[0] in hv.domains:
+            notify(hv, hv.domains[peer[0]], peer[1])
+
+
+# ---- hypercalls
+
+
+@hypercall(abi.AllocUnbound)
+def alloc_unbound(hv: Hypervisor, caller: Domain, call: abi.AllocUnbound) -> int:
+    domain = hv.target(caller, call.domid)
+    remote = caller.domid if call.remote_domid == DOMID_SELF else hv.lookup(call.remote_domid).domid
+    port = _free_port(domain)
+
+    domain.ports[port] = Channel(State.UNBOUND, remote)
+    return port
+
+
+@hypercall(abi.BindInterdomain)
+def bind_interdomain(hv: Hypervisor, caller: Domain, call: abi.BindInterdomain) -> int:
+    remote = hv.lookup(call.remote_domid)
+    other = _channel(remote, call.remote_port)
+    if other.state != State.UNBOUND or other.remote_domid != caller.domid:
+        raise Invalid(f"port {call.remote_port} of domain {remote.domid} does not wait for domain {caller.domid}")
+    port = _free_port(caller)
+
+    caller.ports[port] = Channel(State.INTERDOMAIN, remote.domid, call.remote_port)
+    other.state, other.remote_port = State.INTERDOMAIN, port
+    notify(hv, caller, port)  # events sent before the binding may have been lost
+    return port
+
+
+@hypercall(abi.BindVirq)
+def bind_virq(hv: Hypervisor, caller: Domain, call: abi.BindVirq) -> int:
+    if call.virq not in OWN_VIRQS | DOM0_VIRQS:
+        raise Invalid(f"no virq {call.virq}")
+    if call.virq in DOM0_VIRQS and caller.domid != DOM0:
+        raise NotPermitted(f"virq {call.virq} is dom0's")
+    if call.virq in caller.virqs:
+        raise Exists(f"virq {call.virq} is bound to port {caller.virqs[call.virq]}")
+    port = _free_port(caller)
+
+    caller.ports[port] = Channel(State.VIRQ, virq=call.virq)
+    caller.virqs[call.virq] = port
+    return port
+
+
+@hypercall(abi.BindIpi)
+def bind_ipi(hv: Hypervisor, caller: Domain, call: abi.BindIpi) -> int:
+    port = _free_port(caller)
+
+    caller.ports[port] = Channel(State.IPI)
+    return port
+
+
+@hypercall(abi.EvtchnSend)
+def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
+    channel = _channel(caller, call.port)
+    if channel.state not in (State.INTERDOMAIN, State.UNBOUND, State.IPI):
+        raise Invalid(f"port {call.port} cannot send")
+
+    caller.events_sent += 1
+    if channel.state == State.INTERDOMAIN:
+        notify(hv, hv.domains[channel.remote_domid], channel.remote_port)
+    elif channel.state == State.IPI:
+        notify(hv, caller, call.port)
+
+
+@hypercall(abi.EvtchnClose)
+def close(hv: Hypervisor, caller: Domain, call: abi.EvtchnClose) -> None:
+    _channel(caller, call.port)
+
+    _close(hv, caller, call.port)
+
+
+@hypercall(abi.EvtchnStatus)
+def status(hv: Hypervisor, caller: Domain, call: abi.EvtchnStatus) -> tuple[int, int, int, int]:
+    channel = hv.target(caller, call.domid).ports.get(call.port)
+    if channel is None:
+        return int(State.CLOSED), 0, 0, 0
+    return int(channel.state), channel.remote_domid, channel.remote_port, channel.virq
+
+
+@hypercall(abi.EvtchnUnmask)
+def unmask(hv: Hypervisor, caller: Domain, call: abi.EvtchnUnmask) -> None:
+    _channel(caller, call.port)
+
+    if lib.evtchn_unmask(caller.shared_info, call.port):
+        kick(caller)
+
+
+@hypercall(abi.EvtchnReset)
+def reset(hv: Hypervisor, caller: Domain, call: abi.EvtchnReset) -> None:
+    close_all(hv, caller)

@@ -1,0 +1,243 @@
+"""Birth and death of domains: one path up, one path down, both continuations that never block the loop.
+
+    create: frames, queues, process (zygote or exec), its first message, monitor locked, frames mapped, waiting = "paused"
+    end:    kill, wait for every process AND the hang-up of the monitor's socket, drop what it mapped, take back what
+            others map of it (a zero page in its place), scrub, free
+
+end is create read backwards and is also how a creation that failed half-way is undone.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import secrets
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import msgpack
+import posix_ipc
+
+from hypervisor import evtchn, grant, zygote
+from hypervisor.domain import DOM0, Domain, Process
+from hypervisor.gate.boot import BootConfig
+from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone, first_message
+from hypervisor.loop import Resume, Steps, Wait
+from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.errors import NoSpace
+from hypervisor.public.layout import SHARED_INFO, virt
+from hypervisor.public.types import MESSAGE_BYTES, MESSAGES, VIRQ_DOM_EXC
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+BOOT_SECONDS = 20.0  # from fork to the first message; an exec'ed domain imports its program first
+SCRUB_FRAMES = 1024  # 4 MiB a turn
+
+
+def create(hv: Hypervisor, domain: Domain, nr_frames: int, entry: str, descriptors: int = -1) -> Steps:
+    """Steps: make `domain` ready to be built. Raises XenError, with everything undone."""
+    domain.p2m = hv.frames.allocate(domain.domid, nr_frames)
+    domain.max_frames = nr_frames
+    hv.domains[domain.domid] = domain
+    hv.children.expecting += 1
+    try:
+        yield from _start_process(hv, domain, entry, descriptors)
+        yield from _map_reservation(hv, domain)
+    except (MonitorGone, MonitorError, OSError, posix_ipc.Error, NoSpace) as error:
+        why = str(error) or "died before it was ready"
+        hv.log(f"{domain}: creation failed: {domain.reason or why}")
+        end(hv, domain, f"creation failed: {why}")
+        yield domain.dead
+        del hv.domains[domain.domid]
+        raise NoSpace(domain.reason) from None
+    finally:
+        hv.children.expecting -= 1
+    domain.state = "paused"
+
+
+def _start_process(hv: Hypervisor, domain: Domain, entry: str, descriptors: int) -> Steps:
+    domain.fail = lambda why: end(hv, domain, why)
+    domain.monitor = monitor = Monitor(hv.loop, domain.fail)
+    names = [f"/{hv.instance}-{secrets.token_hex(8)}" for _ in range(2)]
+    try:
+        domain.queues = _make_queues(hv, names)
+        config = BootConfig(
+            domain.domid, domain.name, os.getpid(), hv.uid_of(domain), domain.flags, entry, *names,
+            0 if domain.privileged else hv.landlock, not domain.privileged,
+        )  # fmt: skip
+        rights = array.array("i", [hv.machine.rw, hv.machine.ro, hv.code_fd, monitor.command_fd])
+        monitor.sock.sendmsg([b"boot"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        if domain.privileged or domain.flags & CreateFlags.DRIVER:
+            fds = [monitor.peer.fileno()] + ([descriptors] if descriptors >= 0 else [])
+            pid = zygote.spawn(
+                "from hypervisor.gate.boot import BootConfig, boot; "
+                f"boot(BootConfig.unpack(bytes.fromhex('{config.pack().hex()}')), {fds[0]}, {(*fds, -1)[1]})",
+                fds,
+            )
+        else:
+            pid = yield hv.zygote.fork(config, monitor.peer)
+        if not pid:
+            raise NoSpace("the zygote died")
+        domain.process = hv.children.adopt(pid, lambda: _process_gone(hv, domain))
+        monitor.handed_over()
+        message, fds = yield _first_message(hv, monitor)
+    finally:
+        monitor.handed_over()
+        for name in names[: 2 if domain.queues else 0]:
+            posix_ipc.unlink_message_queue(name)  # both ends are open, or the domain failed
+    kind, value = msgpack.unpackb(message)
+    if kind != "monitor":
+        domain.reason = str(value)
+        raise NoSpace(f"start-up failed: {value}")
+    domain.smaps_fd = fds[0]
+    domain.monitor_process = hv.children.adopt(value, lambda: end(hv, domain, "monitor died"))
+    monitor.listen()
+    yield from monitor.lock(f"{domain.name}/monitor")
+
+
+def _make_queues(hv: Hypervisor, names: list[str]) -> tuple[posix_ipc.MessageQueue, posix_ipc.MessageQueue]:
+    """Request and reply queue; O_NONBLOCK on our descriptions only."""
+    made = []
+    try:
+        for name, (read, write) in zip(names, ((True, False), (False, True)), strict=True):
+            hv.journal(f"queue {name}")
+            queue = posix_ipc.MessageQueue(
+                name, posix_ipc.O_CREX, mode=0o600, max_messages=MESSAGES, max_message_size=MESSAGE_BYTES, read=read, write=write
+            )
+            made.append(queue)
+            queue.block = False
+            os.set_inheritable(queue.mqd, False)
+    except BaseException as error:
+        for name, queue in zip(names, made, strict=False):
+            queue.close()
+            posix_ipc.unlink_message_queue(name)
+        if isinstance(error, (OSError, posix_ipc.Error)):
+            raise NoSpace(f"POSIX message queues: {error} (the limits are fs.mqueue.queues_max and RLIMIT_MSGQUEUE)") from None
+        raise
+    return made[0], made[1]
+
+
+def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
+    """A Wait for (message, descriptors) of the child. Its death is seen by the monitor's fail_all."""
+
+    def wait(resume: Resume) -> None:
+        fd = monitor.sock.fileno()
+
+        def finish(value: object) -> None:
+            if timer.call is not None:
+                timer.cancel()
+                hv.loop.unwatch(fd)
+                monitor.on_gone = None
+                resume(value)
+
+        def look() -> None:
+            try:
+                finish(first_message(monitor.sock))
+            except BlockingIOError:
+                return
+            except (MonitorGone, OSError):
+                finish(MonitorGone("died before it was ready"))
+
+        timer = hv.loop.at(time.monotonic_ns() + int(BOOT_SECONDS * 1e9), lambda: finish(MonitorGone("start-up timed out")))
+        monitor.on_gone = lambda: finish(MonitorGone("died before it was ready"))
+        if monitor.gone:
+            hv.loop.soon(monitor.on_gone)
+        else:
+            hv.loop.watch(fd, look)
+
+    return wait
+
+
+def _map_reservation(hv: Hypervisor, domain: Domain) -> Steps:
+    """The boot mapping: shared_info on top, the reservation linearly from VIRT_BASE. One writable reference each."""
+    assert domain.monitor is not None
+    domain.shared_info = hv.machine.pointer(domain.p2m[0])
+    pages = [(SHARED_INFO, domain.p2m[0], PROT_READ | PROT_WRITE)]
+    pages += [(virt(pfn), mfn, PROT_READ | PROT_WRITE) for pfn, mfn in enumerate(domain.p2m)]
+    for _, mfn, _ in pages:
+        hv.frames.get(mfn, True)
+    domain.own_refs = [(mfn, True) for _, mfn, _ in pages]
+    yield from domain.monitor.map(pages)
+
+
+def launch(hv: Hypervisor, domain: Domain) -> None:
+    """ "go": the guest's first instruction. Its queue is read from now on."""
+    assert domain.queues is not None
+    domain.state, domain.launched = "running", True
+    hv.loop.watch(domain.queues[0].mqd, lambda: hv.serve(domain))
+    domain.queues[1].send(msgpack.packb([0, 0, domain.entry]))
+
+
+# ---- the end
+
+
+def _process_gone(hv: Hypervisor, domain: Domain) -> None:
+    process = domain.process
+    assert process is None or process.ended
+    end(hv, domain, _obituary(process) if process else "died at birth")
+
+
+def _obituary(process: Process) -> str:
+    if not process.by_signal:
+        return f"exited with status {process.status}"
+    name = signal.Signals(process.status).name
+    known = {"SIGSYS": "a forbidden system call", "SIGSEGV": "a memory access it may not make", "SIGKILL": "killed from outside"}
+    return f"{name}: {known.get(name, 'killed by a signal')}"
+
+
+def end(hv: Hypervisor, domain: Domain, why: str) -> None:
+    """Begin the end of a domain; idempotent, the first reason is kept. `domain.dead` waits for its end."""
+    if domain.state in ("dying", "dead"):
+        return
+    domain.state, domain.reason = "dying", domain.reason or why
+    if domain.domid == DOM0:
+        hv.panic(f"dom0 ended: {domain.reason}")
+        return
+    hv.log(f"{domain}: {domain.reason}")
+    if domain.timer is not None:
+        domain.timer.cancel()
+    if domain.queues is not None:
+        hv.loop.unwatch(domain.queues[0].mqd)
+    domain.blocked = None
+    evtchn.close_all(hv, domain)
+    for process in (domain.process, domain.monitor_process):
+        if process is not None:
+            process.signal(signal.SIGKILL)
+    if domain.monitor is not None:
+        domain.monitor.fail_all()
+    hv.start(_bury(hv, domain))
+
+
+def _bury(hv: Hypervisor, domain: Domain) -> Steps:
+    if domain.monitor is not None:
+        domain.monitor.handed_over()
+        yield domain.monitor.hang_up()
+    for process in (domain.process, domain.monitor_process):
+        if process is not None:
+            yield process.exited
+    domain.cpu_ns = max(domain.cpu_ns, hv.cpu_ns(domain))
+    grant.drop_all(hv, domain)
+    yield from grant.take_back(hv, domain)
+    for mfn, writable in domain.own_refs:
+        hv.frames.put(mfn, writable)
+    domain.own_refs = []
+    for at in range(0, len(domain.p2m), SCRUB_FRAMES):
+        for mfn in domain.p2m[at : at + SCRUB_FRAMES]:
+            hv.machine.scrub(mfn)
+            hv.frames.release(mfn)
+        yield hv.loop.turn
+    domain.p2m = []
+    for queue in domain.queues or ():
+        queue.close()
+    domain.queues = None
+    if domain.smaps_fd >= 0:
+        os.close(domain.smaps_fd)
+        domain.smaps_fd = -1
+    for process in (domain.process, domain.monitor_process):
+        if process is not None:
+            process.close()
+    domain.died()
+    evtchn.raise_virq(hv, hv.domains[DOM0], VIRQ_DOM_EXC)

@@ -1,0 +1,127 @@
+"""The hypercall: a request is a frozen class whose annotations are its fields; one message carries it.
+
+    request  [op, sequence, (cmd,) field, ...]      msgpack, at most MESSAGE_BYTES, on the domain's request queue
+    reply    [sequence, status, result, ...]        status 0 or a positive errno, on its reply queue
+
+Who calls is which queue the message came on, never a field in it. Integers are non-negative and bounded by their
+annotation; bool, float, map and extension types are refused. A call whose every field is an integer may also stand in
+a multicall list (64-byte entries, Xen's multicall_entry: op u64, result s64, six words u64 of which the first is the
+sub-operation where there is one).
+
+Adding a call is a class here in `hypervisor.public` and one function marked with @hypercall in the module of the same
+name in `hypervisor`; at start the two are matched one to one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+import msgpack
+
+from hypervisor.public.errors import Invalid, NotImplementedCall, TooBig
+from hypervisor.public.types import MESSAGE_BYTES, Bits, Data, Text
+
+R = TypeVar("R")
+Field = Bits | Text | Data
+
+OP_MEMORY = 12
+OP_MULTICALL = 13
+OP_SET_TIMER = 15
+OP_XEN_VERSION = 17
+OP_CONSOLE_IO = 18
+OP_GRANT_TABLE = 20
+OP_SCHED = 29
+OP_EVENT_CHANNEL = 32
+OP_SYSCTL = 35
+OP_DOMCTL = 36
+
+WITH_CMD = frozenset({OP_MEMORY, OP_XEN_VERSION, OP_CONSOLE_IO, OP_GRANT_TABLE, OP_SCHED, OP_EVENT_CHANNEL, OP_SYSCTL, OP_DOMCTL})
+ALL: dict[tuple[int, int], type[Hypercall[Any]]] = {}
+
+
+@dataclass_transform(frozen_default=True)
+class Hypercall(Generic[R]):
+    """Base of every request. OP is Xen's number, CMD its sub-operation (0 where the call has none).
+
+    PRIVILEGED: only dom0 may call (EPERM to all others, before any argument is looked at).
+    """
+
+    OP: ClassVar[int]
+    CMD: ClassVar[int] = 0
+    PRIVILEGED: ClassVar[bool] = False
+    FIELDS: ClassVar[tuple[Field, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True)(cls)
+        hints = get_type_hints(cls, include_extras=True)
+        cls.FIELDS = tuple(_field(cls, f.name, hints[f.name]) for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        if (cls.OP, cls.CMD) in ALL:
+            raise AssertionError(f"{cls.__name__}: number ({cls.OP}, {cls.CMD}) is taken by {ALL[cls.OP, cls.CMD].__name__}")
+        ALL[cls.OP, cls.CMD] = cls
+
+    @classmethod
+    def result(cls, values: list[Any]) -> Any:
+        """A reply's values as the guest gets them: None, the one value, or a tuple. Overridden where they have names."""
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+    def encode(self, sequence: int) -> bytes:
+        """The request message. Raises TooBig where it does not fit: such data goes by address."""
+        head = [self.OP, sequence, self.CMD] if self.OP in WITH_CMD else [self.OP, sequence]
+        message: bytes = msgpack.packb([*head, *(getattr(self, f.name) for f in dataclasses.fields(self))])  # type: ignore[arg-type]
+        if len(message) > MESSAGE_BYTES:
+            raise TooBig(f"{type(self).__name__}: {len(message)} bytes, a message has {MESSAGE_BYTES}")
+        return message
+
+
+def _field(cls: type[Any], name: str, hint: Any) -> Field:
+    if get_origin(hint) is Annotated:
+        for kind in get_args(hint)[1:]:
+            if isinstance(kind, (Bits, Text, Data)):
+                return kind
+    raise AssertionError(f"{cls.__name__}.{name}: annotate with U8..U64, Text or Data")
+
+
+def decode_message(message: bytes) -> tuple[int, int, list[Any]]:
+    """(op, sequence, arguments) of a raw request. Raises Invalid for anything but a flat msgpack array of that form."""
+    try:
+        items = msgpack.unpackb(
+            message, strict_map_key=True, max_array_len=16, max_map_len=0, max_ext_len=0,
+            max_str_len=MESSAGE_BYTES, max_bin_len=MESSAGE_BYTES,
+        )  # fmt: skip
+    except Exception:  # msgpack has no common base of what it raises for bad input
+        raise Invalid("not a msgpack array within the limits") from None
+    if type(items) is not list or len(items) < 2 or type(items[0]) is not int or type(items[1]) is not int:
+        raise Invalid("not [op, sequence, ...]")
+    if not (0 <= items[0] < 1 << 32 and 0 <= items[1] < 1 << 32):
+        raise Invalid("op and sequence are u32")
+    return items[0], items[1], items[2:]
+
+
+def decode_call(op: int, arguments: list[Any]) -> Hypercall[Any]:
+    """The typed request. Raises NotImplementedCall for an unknown number, Invalid for wrong fields."""
+    cmd = 0
+    if op in WITH_CMD:
+        if not arguments or type(arguments[0]) is not int:
+            raise Invalid("the sub-operation is missing")
+        cmd, arguments = arguments[0], arguments[1:]
+    kind = ALL.get((op, cmd))
+    if kind is None:
+        raise NotImplementedCall(f"no hypercall {op}.{cmd}")
+    if len(arguments) != len(kind.FIELDS):
+        raise Invalid(f"{kind.__name__} takes {len(kind.FIELDS)} arguments")
+    for value, field in zip(arguments, kind.FIELDS, strict=True):
+        _check(kind, value, field)
+    return kind(*arguments)
+
+
+def _check(kind: type[Any], value: Any, field: Field) -> None:
+    if isinstance(field, Bits):
+        if type(value) is not int or not 0 <= value < 1 << field.bits:
+            raise Invalid(f"{kind.__name__}: wants an integer of {field.bits} bits")
+    elif isinstance(field, Text):
+        if type(value) is not str or len(value.encode()) > field.size:
+            raise Invalid(f"{kind.__name__}: wants text of at most {field.size} bytes")
+    elif type(value) is not bytes or len(value) > field.size:
+        raise Invalid(f"{kind.__name__}: wants at most {field.size} bytes")

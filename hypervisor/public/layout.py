@@ -1,0 +1,54 @@
+"""Where everything lies in a kernel's process, once: guest-virtual addresses and the window that shows them.
+
+    guest va                       host address = KERNEL_WINDOW + va
+    0x00_0000_0000  unmapped: a null pointer faults
+    0x00_0010_0000  VIRT_BASE: the reservation, pfn p at VIRT_BASE + p * 4096
+    0x40_0000_0000  GRANT_BASE: where a domain maps what others granted to it (its own choice within this half)
+    0x7F_FC00_0000  HYPERVISOR_VIRT_START: the top 64 MB, the hypervisor's: monitor code, command pages
+    0x7F_FFFF_F000  shared_info, read-write, the last page of the space
+
+The first pfns of a domain are fixed: the builder fills them, the hypervisor never reads them except the grant table.
+"""
+
+from __future__ import annotations
+
+from hypervisor.public.types import PAGE_SIZE
+
+SPACE_BYTES = 1 << 39
+KERNEL_WINDOW = 0x2000_0000_0000  # 0x1000_0000_0000 is taken by sanitizers
+HYPERVISOR_VIRT_START = SPACE_BYTES - (64 << 20)
+
+MONITOR_CODE = HYPERVISOR_VIRT_START
+COMMANDS = HYPERVISOR_VIRT_START + PAGE_SIZE
+COMMAND_PAGES = 3  # commands, the table of answers, filter programs
+SHARED_INFO = SPACE_BYTES - PAGE_SIZE
+
+VIRT_BASE = 0x10_0000
+GRANT_BASE = 0x40_0000_0000
+
+SHARED_INFO_PFN = 0
+START_INFO_PFN = 1
+STORE_PFN = 2
+CONSOLE_PFN = 3
+GRANT_PFN = 4
+GRANT_FRAMES = 8
+GRANT_ENTRIES = GRANT_FRAMES * PAGE_SIZE // 8
+KERNEL_PFN = GRANT_PFN + GRANT_FRAMES
+
+# descriptors of a domain's process, fixed before it is locked; nothing else is open then
+FD_REQUEST = 8  # hypercalls out, POSIX queue
+FD_REPLY = 9  # replies in, POSIX queue
+FD_UPCALL = 10  # signalfd of the upcall signal
+FD_DESCRIPTORS = 11  # dom0 and driver domains only: SEQPACKET, descriptors in
+
+FAULT_NR = 0x1F00  # a system call that does not exist: reserved for page faults
+
+
+def virt(pfn: int) -> int:
+    """Guest-virtual address of a pseudo-physical frame in the boot mapping."""
+    return VIRT_BASE + pfn * PAGE_SIZE
+
+
+def host(va: int) -> int:
+    """Host address at which a kernel's process sees guest-virtual address `va`."""
+    return KERNEL_WINDOW + va
