@@ -1,0 +1,10 @@
+"""ringlib: how two processes share memory. Xen's producer/consumer rings over POSIX shared memory; imports nothing of ours.
+
+Interface: SharedRing (create, attach) for two processes of one user; FrontRing and BackRing over memory that is mapped
+already; the errors Closed, Broken, Busy, WouldBlock.
+"""
+
+from ringlib.ring import BackRing, Broken, Busy, Closed, FrontRing, RingError, WouldBlock
+from ringlib.shared import SharedRing
+
+__all__ = ["BackRing", "Broken", "Busy", "Closed", "FrontRing", "RingError", "SharedRing", "WouldBlock"]

@@ -1,0 +1,192 @@
+/* Xen's shared ring (xen/include/public/io/ring.h), byte for byte, in C11 atomics.
+ *
+ *      0 req_prod   [FRONT]        requests published
+ *      4 req_event  [BACK]         "tell me when req_prod reaches this"
+ *      8 rsp_prod   [BACK]         responses published
+ *     12 rsp_event  [FRONT]        "tell me when rsp_prod reaches this"
+ *     16 pad to 64
+ *     64 slots: union of request and response, a power of two of them
+ *
+ * Indexes run free in 32 bits and are masked only at the slot. Consumers and sizes are private to each side. Nothing here
+ * trusts the peer: an index that cannot be poisons the ring, and a slot is copied out once before anybody looks at it.
+ * Header-only, so that a mover in C and Python use the same lines. */
+#ifndef RINGLIB_RING_H
+#define RINGLIB_RING_H
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+struct ring_shared {
+    _Atomic uint32_t req_prod, req_event;
+    _Atomic uint32_t rsp_prod, rsp_event;
+    uint8_t pad[48];
+};
+_Static_assert(sizeof(struct ring_shared) == 64, "the header of io/ring.h");
+_Static_assert(offsetof(struct ring_shared, rsp_prod) == 8, "the header of io/ring.h");
+_Static_assert(offsetof(struct ring_shared, rsp_event) == 12, "the header of io/ring.h");
+
+struct ring_front {
+    struct ring_shared *sh;
+    uint32_t nr_ents, slot_size, req_size, rsp_size;
+    uint32_t req_prod_pvt, rsp_cons, broken;
+};
+struct ring_back {
+    struct ring_shared *sh;
+    uint32_t nr_ents, slot_size, req_size, rsp_size;
+    uint32_t rsp_prod_pvt, req_cons, broken;
+};
+
+static inline uint32_t ring_entries(uint64_t bytes, uint32_t slot_size)
+{
+    uint64_t n = bytes > 64 && slot_size ? (bytes - 64) / slot_size : 0;
+
+    if (n > 1u << 20)
+        n = 1u << 20;
+    while (n & (n - 1))
+        n &= n - 1;
+    return (uint32_t)n;
+}
+
+static inline char *ring_slot(struct ring_shared *sh, uint32_t index, uint32_t nr_ents, uint32_t slot_size)
+{
+    return (char *)sh + 64 + (uint64_t)(index & (nr_ents - 1)) * slot_size;
+}
+
+/* Only the frontend initialises the header. */
+static inline int ring_front_init(struct ring_front *f, void *page, uint64_t bytes, uint32_t req_size, uint32_t rsp_size)
+{
+    uint32_t slot = req_size > rsp_size ? req_size : rsp_size;
+    uint32_t n = ring_entries(bytes, slot);
+
+    if (!n)
+        return -EINVAL;
+    *f = (struct ring_front){page, n, slot, req_size, rsp_size, 0, 0, 0};
+    memset(page, 0, 64);
+    atomic_store(&f->sh->req_event, 1);
+    atomic_store(&f->sh->rsp_event, 1);
+    return 0;
+}
+
+/* A backend begins where the responses stand: what is unanswered is taken again. */
+static inline int ring_back_attach(struct ring_back *b, void *page, uint64_t bytes, uint32_t req_size, uint32_t rsp_size)
+{
+    uint32_t slot = req_size > rsp_size ? req_size : rsp_size;
+    uint32_t n = ring_entries(bytes, slot), prod;
+
+    if (!n)
+        return -EINVAL;
+    *b = (struct ring_back){page, n, slot, req_size, rsp_size, 0, 0, 0};
+    prod = atomic_load(&b->sh->rsp_prod);
+    b->rsp_prod_pvt = b->req_cons = prod;
+    return 0;
+}
+
+static inline uint32_t ring_front_free(const struct ring_front *f)
+{
+    return f->nr_ents - (f->req_prod_pvt - f->rsp_cons);
+}
+
+/* RING_PUSH_*_AND_CHECK_NOTIFY: publish, then ask whether the peer's event index lies in (old, new]. The full barrier
+ * between them pairs with the one in ring_final_check: either we see the peer's event index, or it sees our entries. */
+static inline int32_t ring_push(_Atomic uint32_t *prod, _Atomic uint32_t *event, uint32_t old, uint32_t new)
+{
+    atomic_store_explicit(prod, new, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+    return (uint32_t)(new - atomic_load_explicit(event, memory_order_relaxed)) < (uint32_t)(new - old);
+}
+
+/* 1: notify the peer; 0: it is awake; -EAGAIN: they do not all fit, nothing was published; -EPROTO: poisoned. */
+static inline int32_t ring_front_publish(struct ring_front *f, const void *requests, uint32_t n)
+{
+    uint32_t old = f->req_prod_pvt;
+
+    if (f->broken)
+        return -EPROTO;
+    if (n > ring_front_free(f))
+        return -EAGAIN;
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(ring_slot(f->sh, old + i, f->nr_ents, f->slot_size), (const char *)requests + (uint64_t)i * f->req_size,
+               f->req_size);
+    f->req_prod_pvt = old + n;
+    return ring_push(&f->sh->req_prod, &f->sh->req_event, old, old + n);
+}
+
+/* Copies at most `max` responses out; -EPROTO when the backend claims more than was asked. */
+static inline int32_t ring_front_take(struct ring_front *f, void *out, uint32_t max)
+{
+    uint32_t prod = atomic_load_explicit(&f->sh->rsp_prod, memory_order_acquire), n = prod - f->rsp_cons;
+
+    if (f->broken || n > f->req_prod_pvt - f->rsp_cons) {
+        f->broken = 1;
+        return -EPROTO;
+    }
+    if (n > max)
+        n = max;
+    for (uint32_t i = 0; i < n; i++)
+        memcpy((char *)out + (uint64_t)i * f->rsp_size, ring_slot(f->sh, f->rsp_cons + i, f->nr_ents, f->slot_size),
+               f->rsp_size);
+    f->rsp_cons += n;
+    return (int32_t)n;
+}
+
+/* RING_FINAL_CHECK: ask to be told of the next one, then look once more: without the second look an entry published
+ * between our last look and the asking would wait for ever. 1: there is work; 0: sleep. */
+static inline int32_t ring_final_check(_Atomic uint32_t *prod, _Atomic uint32_t *event, uint32_t cons)
+{
+    if (atomic_load_explicit(prod, memory_order_acquire) != cons)
+        return 1;
+    atomic_store_explicit(event, cons + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_seq_cst);
+    return atomic_load_explicit(prod, memory_order_acquire) != cons;
+}
+
+static inline int32_t ring_front_recheck(struct ring_front *f)
+{
+    return f->broken ? 1 : ring_final_check(&f->sh->rsp_prod, &f->sh->rsp_event, f->rsp_cons);
+}
+
+/* Copies at most `max` requests out; -EPROTO when the frontend claims more than the ring can hold. */
+static inline int32_t ring_back_take(struct ring_back *b, void *out, uint32_t max)
+{
+    uint32_t prod = atomic_load_explicit(&b->sh->req_prod, memory_order_acquire), n = prod - b->req_cons;
+
+#ifndef RING_DEFECT_NO_BOUNDS
+    if (b->broken || (uint32_t)(prod - b->rsp_prod_pvt) > b->nr_ents) {
+        b->broken = 1;
+        return -EPROTO;
+    }
+#endif
+    if (n > max)
+        n = max;
+    for (uint32_t i = 0; i < n; i++)
+        memcpy((char *)out + (uint64_t)i * b->req_size, ring_slot(b->sh, b->req_cons + i, b->nr_ents, b->slot_size),
+               b->req_size);
+    b->req_cons += n;
+    return (int32_t)n;
+}
+
+/* As ring_front_publish; -EAGAIN for more responses than requests were taken. */
+static inline int32_t ring_back_publish(struct ring_back *b, const void *responses, uint32_t n)
+{
+    uint32_t old = b->rsp_prod_pvt;
+
+    if (b->broken)
+        return -EPROTO;
+    if (n > b->req_cons - old)
+        return -EAGAIN;
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(ring_slot(b->sh, old + i, b->nr_ents, b->slot_size), (const char *)responses + (uint64_t)i * b->rsp_size,
+               b->rsp_size);
+    b->rsp_prod_pvt = old + n;
+    return ring_push(&b->sh->rsp_prod, &b->sh->rsp_event, old, old + n);
+}
+
+static inline int32_t ring_back_recheck(struct ring_back *b)
+{
+    return b->broken ? 1 : ring_final_check(&b->sh->req_prod, &b->sh->req_event, b->req_cons);
+}
+
+#endif

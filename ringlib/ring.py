@@ -1,0 +1,114 @@
+"""FrontRing and BackRing: the two ends of a Xen ring over memory that is mapped already.
+
+A batch is one bytes object of packed records: n * request_size in, n * response_size out. Taking copies each slot once;
+what the peer changes afterwards is not seen. An impossible index poisons the ring: every later call raises Broken.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from ringlib._ring import ffi, lib
+
+
+class RingError(Exception):
+    """Base of what a ring can answer."""
+
+
+class Closed(RingError):
+    """We closed it."""
+
+
+class Broken(RingError):
+    """The peer violated the ring, or is gone."""
+
+
+class Busy(RingError):
+    """Somebody else is using it."""
+
+
+class WouldBlock(RingError):
+    """It does not all fit now; nothing was published."""
+
+
+def _checked(result: int) -> int:
+    if result >= 0:
+        return result
+    if result == -errno.EAGAIN:
+        raise WouldBlock("the ring has no room for the whole batch")
+    raise Broken("the peer's index cannot be")
+
+
+class FrontRing:
+    """The end that asks. Initialises the shared header.
+
+    address: host address of the ring's first byte; size: its bytes (a multiple of the page size).
+    """
+
+    def __init__(self, address: int, size: int, request_size: int, response_size: int, start: int = 0) -> None:
+        self._state: Any = ffi.new("char[64]")
+        if lib.front_init(self._state, ffi.cast("void *", address), size, request_size, response_size, start):
+            raise ValueError(f"no entry of {max(request_size, response_size)} bytes fits {size}")
+        self.request_size, self.response_size = request_size, response_size
+        self.nr_ents: int = lib.front_entries(self._state)
+        self._out: Any = ffi.new("char[]", self.nr_ents * response_size)
+
+    @property
+    def free(self) -> int:
+        """Requests that fit now."""
+        return lib.front_free(self._state)
+
+    @property
+    def pending(self) -> int:
+        """Requests without a response taken."""
+        return lib.front_outstanding(self._state)
+
+    def publish(self, requests: bytes | memoryview) -> bool:
+        """Make packed requests visible, all or none; True: notify the peer. Raises WouldBlock, Broken."""
+        n, rest = divmod(len(requests), self.request_size)
+        if rest:
+            raise ValueError(f"not a multiple of {self.request_size} bytes")
+        return _checked(lib.front_publish(self._state, ffi.from_buffer(requests), n)) == 1
+
+    def take(self, max_items: int | None = None) -> bytes:
+        """Packed responses, at most `max_items`; b"" if there are none. Raises Broken."""
+        n = _checked(lib.front_take(self._state, self._out, min(max_items or self.nr_ents, self.nr_ents)))
+        return bytes(ffi.buffer(self._out, n * self.response_size))
+
+    def recheck(self) -> bool:
+        """Before sleeping: ask to be told, look again. True: there is work, do not sleep."""
+        return lib.front_recheck(self._state) != 0
+
+
+class BackRing:
+    """The end that answers, in any order."""
+
+    def __init__(self, address: int, size: int, request_size: int, response_size: int) -> None:
+        self.state: Any = ffi.new("char[64]")
+        if lib.back_attach(self.state, ffi.cast("void *", address), size, request_size, response_size):
+            raise ValueError(f"no entry of {max(request_size, response_size)} bytes fits {size}")
+        self.request_size, self.response_size = request_size, response_size
+        self.nr_ents: int = lib.back_entries(self.state)
+        self._out: Any = ffi.new("char[]", self.nr_ents * request_size)
+
+    @property
+    def pending(self) -> int:
+        """Requests taken and not answered."""
+        return lib.back_unanswered(self.state)
+
+    def take(self, max_items: int | None = None) -> bytes:
+        """Packed requests, copied once. Raises Broken."""
+        n = _checked(lib.back_take(self.state, self._out, min(max_items or self.nr_ents, self.nr_ents)))
+        return bytes(ffi.buffer(self._out, n * self.request_size))
+
+    def publish(self, responses: bytes | memoryview) -> bool:
+        """Answer; True: notify the peer. Raises WouldBlock (more than were taken), Broken."""
+        n, rest = divmod(len(responses), self.response_size)
+        if rest:
+            raise ValueError(f"not a multiple of {self.response_size} bytes")
+        return _checked(lib.back_publish(self.state, ffi.from_buffer(responses), n)) == 1
+
+    def recheck(self) -> bool:
+        """As FrontRing.recheck."""
+        return lib.back_recheck(self.state) != 0
