@@ -1,0 +1,98 @@
+"""dom0's end of a domain's console: a bounded log, and whoever is attached.
+
+Guest bytes are kept as they came; only an attached terminal gets them raw, everybody else escapes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from domain.sched import Event
+from hypervisor.public.io import console as abi
+from ringlib.bytering import ByteRing
+from ringlib.ring import Broken
+
+if TYPE_CHECKING:
+    from domain.kernel import Kernel
+
+KEEP_BYTES = 64 << 10
+FILE_BYTES = 1 << 20  # a log file is rotated once past this
+INPUT_BYTES = 4096
+
+
+class ConsoleServer:
+    """Serves the console page mapped at host address `page`."""
+
+    def __init__(self, kernel: Kernel, page: int, port: int, log: Path, report: Callable[[str], None]) -> None:
+        self._kernel, self._port, self._log, self._report = kernel, port, log, report
+        self._in = ByteRing(page + abi.OUT, page + abi.OUT_CONS, page + abi.OUT_PROD, abi.OUT_BYTES)
+        self._out = ByteRing(page + abi.IN, page + abi.IN_CONS, page + abi.IN_PROD, abi.IN_BYTES)
+        self.history = b""
+        self._input = b""
+        self._subscribers: list[Callable[[bytes], None]] = []
+        self.ended = Event()
+        self._task = kernel.spawn(self._serve(), name="console")
+
+    def attach(self, subscriber: Callable[[bytes], None]) -> None:
+        """Hand everything printed so far, then what comes, to `subscriber`."""
+        if self.history:
+            subscriber(self.history)
+        self._subscribers.append(subscriber)
+
+    def detach(self, subscriber: Callable[[bytes], None]) -> None:
+        if subscriber in self._subscribers:
+            self._subscribers.remove(subscriber)
+
+    def type(self, data: bytes) -> None:
+        """Keys for the guest; what it does not read is dropped past INPUT_BYTES."""
+        self._input = (self._input + data)[-INPUT_BYTES:]
+        self._push()
+
+    def close(self) -> None:
+        """Take what it printed last, then let go of the page. Idempotent."""
+        if not self.ended.is_set:
+            self._take()
+            self._task.cancel()
+            self.ended.set()
+
+    async def _serve(self) -> None:
+        while True:
+            await self._kernel.evtchn.wait(self._port)
+            if not self._take():
+                return
+            self._push()
+
+    def _take(self) -> bool:
+        try:
+            data = self._in.read()
+        except Broken as error:
+            self._report(f"console ring violated: {error}")
+            return False
+        if data:
+            self.history = (self.history + data)[-KEEP_BYTES:]
+            self._write_log(data)
+            for subscriber in list(self._subscribers):
+                subscriber(data)
+            try:
+                self._kernel.evtchn.send(self._port)
+            except Exception:
+                pass  # it ended meanwhile; its last words were taken
+        return True
+
+    def _push(self) -> None:
+        try:
+            n = self._out.write(self._input) if self._input else 0
+        except Broken as error:
+            self._report(f"console ring violated: {error}")
+            return
+        self._input = self._input[n:]
+        if n:
+            self._kernel.evtchn.send(self._port)
+
+    def _write_log(self, data: bytes) -> None:
+        if self._log.exists() and self._log.stat().st_size + len(data) > FILE_BYTES:
+            self._log.replace(self._log.with_suffix(".log.1"))
+        with self._log.open("ab") as file:
+            file.write(data)

@@ -1,0 +1,141 @@
+"""How a frontend and a backend find and connect each other: two tables that face each other, and the one driver of both.
+
+    frontend                                        backend
+    1 Initialising  (the toolstack made both nodes) 1 Initialising
+                                                    publish features
+                                                    2 InitWait
+    allocate ring, grant it, bind a port,
+    publish ring-ref, event-channel
+    3 Initialised
+                                                    map the ring, bind the port,
+                                                    publish sectors, ...
+                                                    4 Connected
+    read what it published
+    4 Connected
+    close: 5 Closing ->                             let go of everything, 6 Closed
+    6 Closed when the backend is  <-
+                                                    close: 5 Closing -> frontend closes, backend follows
+
+A table says {(mine, theirs): step}; a step does the work and the table's next state is published after it. Watches merge
+and states may be skipped, so every pair that can be seen is here; a missing pair means "nothing to do yet". A node that
+vanished counts as Closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
+
+from domain.store import StoreClient, StoreError
+from hypervisor.public.io.xenbus import XenbusState
+
+if TYPE_CHECKING:
+    from domain.kernel import Kernel
+
+UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = XenbusState
+
+Table = Mapping[tuple[XenbusState, XenbusState], tuple[str, XenbusState]]
+
+#            (frontend's, backend's)      step, then the frontend is
+FRONTEND: Table = {
+    (INITIALISING, INIT_WAIT): ("publish", INITIALISED),
+    (INITIALISING, INITIALISED): ("publish", INITIALISED),
+    (INITIALISED, CONNECTED): ("connect", CONNECTED),
+    (INITIALISED, CLOSING): ("stop", CLOSED),
+    (INITIALISED, CLOSED): ("stop", CLOSED),
+    (CONNECTED, CLOSING): ("stop", CLOSING),
+    (CONNECTED, CLOSED): ("stop", CLOSED),
+    (CLOSING, CLOSED): ("release", CLOSED),
+}
+
+#            (backend's, frontend's)      step, then the backend is
+BACKEND: Table = {
+    (INITIALISING, INITIALISING): ("announce", INIT_WAIT),
+    (INITIALISING, INITIALISED): ("announce", INIT_WAIT),
+    (INIT_WAIT, INITIALISED): ("connect", CONNECTED),
+    (INIT_WAIT, CONNECTED): ("connect", CONNECTED),
+    (INITIALISING, CLOSED): ("release", CLOSED),
+    (INIT_WAIT, CLOSING): ("release", CLOSED),
+    (INIT_WAIT, CLOSED): ("release", CLOSED),
+    (CONNECTED, CLOSING): ("release", CLOSED),
+    (CONNECTED, CLOSED): ("release", CLOSED),
+    (CLOSING, CLOSING): ("release", CLOSED),
+    (CLOSING, CLOSED): ("release", CLOSED),
+}
+
+
+class Device:
+    """One end of a split driver: its node in the store, and the other end's.
+
+    A driver subclasses it and supplies the steps its table names, as coroutines without arguments.
+    """
+
+    TABLE: Table
+
+    def __init__(self, kernel: Kernel, path: str, otherend: str, otherend_id: int) -> None:
+        self.kernel, self.path, self.otherend, self.otherend_id = kernel, path, otherend, otherend_id
+        self.store: StoreClient = kernel.store
+        self.state = XenbusState.INITIALISING
+        self.error = ""
+
+    async def read(self, key: str, default: str = "") -> str:
+        """A key of our own node."""
+        return await self.store.get(f"{self.path}/{key}", default)
+
+    async def read_other(self, key: str, default: str = "") -> str:
+        """A key of the other end's node."""
+        return await self.store.get(f"{self.otherend}/{key}", default)
+
+    async def publish_keys(self, keys: Mapping[str, str | int]) -> None:
+        for key, value in keys.items():
+            await self.store.write(f"{self.path}/{key}", value)
+
+    async def switch(self, state: XenbusState) -> None:
+        """Tell the other end."""
+        self.state = state
+        try:
+            await self.store.write(f"{self.path}/state", int(state))
+        except StoreError:
+            pass  # our node was taken away: the toolstack has the last word
+
+    async def fail(self, why: str) -> None:
+        """Close this device, and only this one, with a sentence for the user."""
+        self.error = self.error or why
+        try:
+            await self.store.write(f"{self.path}/error", why)
+        except StoreError:
+            pass
+        await getattr(self, "stop" if self.TABLE is FRONTEND else "release")()
+        await self.switch(CLOSED)
+
+    async def run(self) -> None:
+        """Follow the other end until both are closed. The one driver of both tables."""
+        watch = await self.store.watch(f"{self.otherend}/state")
+        try:
+            while self.state != CLOSED:
+                await watch.next()
+                await self.follow(await self.other_state())
+        finally:
+            await watch.close()
+
+    async def other_state(self) -> XenbusState:
+        text = await self.read_other("state")
+        if not text:
+            return CLOSED if self.state not in (INITIALISING,) else UNKNOWN
+        return XenbusState(int(text)) if text.isdigit() and int(text) <= CLOSED else CLOSED
+
+    async def follow(self, theirs: XenbusState) -> None:
+        """Take every step that the pair of states asks for."""
+        while (entry := self.TABLE.get((self.state, theirs))) is not None:
+            step, after = entry
+            work: Callable[[], Awaitable[None]] = getattr(self, step)
+            try:
+                await work()
+            except DeviceError as error:
+                await self.fail(str(error))
+                return
+            await self.switch(after)
+
+
+class DeviceError(Exception):
+    """The other end cannot be worked with: one sentence; its device is closed, nothing else."""
