@@ -78,11 +78,11 @@ class Device:
         self.state = XenbusState.INITIALISING
         self.error = ""
 
-    async def read(self, key: str, default: str = "") -> str:
+    async def own(self, key: str, default: str = "") -> str:
         """A key of our own node."""
         return await self.store.get(f"{self.path}/{key}", default)
 
-    async def read_other(self, key: str, default: str = "") -> str:
+    async def other(self, key: str, default: str = "") -> str:
         """A key of the other end's node."""
         return await self.store.get(f"{self.otherend}/{key}", default)
 
@@ -119,7 +119,7 @@ class Device:
             await watch.close()
 
     async def other_state(self) -> XenbusState:
-        text = await self.read_other("state")
+        text = await self.other("state")
         if not text:
             return CLOSED if self.state not in (INITIALISING,) else UNKNOWN
         return XenbusState(int(text)) if text.isdigit() and int(text) <= CLOSED else CLOSED

@@ -1,0 +1,25 @@
+"""Build `dom0._blk`; the declarations are read from blk.h."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "blk.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
+ffibuilder.set_source(
+    "dom0._blk",
+    '#include "blk.h"',
+    sources=[os.path.relpath(HERE / "blk.c", ROOT)],
+    include_dirs=[str(HERE), str(ROOT / "ringlib")],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
+)
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    ffibuilder.compile(tmpdir=str(ROOT))
