@@ -7,7 +7,6 @@ setup(
         "ringlib/build_ring.py:ffibuilder",
         "hypervisor/gate/build_gate.py:ffibuilder",
         "domain/build_guest.py:ffibuilder",
-        "domain/build_bytering.py:ffibuilder",
         "domain/build_net.py:ffibuilder",
         "dom0/build_blk.py:ffibuilder",
         "dom0/build_net.py:ffibuilder",

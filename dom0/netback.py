@@ -96,9 +96,10 @@ class Switch:
         n = lib.vif_take(self.vif(slot), BATCH)
         if n < 0:
             raise DeviceError("the frontend's producer index cannot be")
-        for other in self.backends:  # buffers that receivers posted since
-            if other != slot and self.c.vifs[other].connected and not self.c.vifs[other].posted and lib.vif_take(self.vif(other), 0) < 0:
-                self.kernel.spawn(self.backends[other].fail("the frontend's producer index cannot be"))
+        for other, peer in self.backends.items():  # buffers that receivers posted since
+            vif = self.c.vifs[other]
+            if other != slot and vif.connected and not vif.posted and lib.vif_take(self.vif(other), 0) < 0:
+                self.kernel.spawn(peer.fail("the frontend's producer index cannot be"))
         for other, peer in list(self.backends.items()):
             if self.c.vifs[other].connected:
                 peer.map_missing(self._missing)

@@ -50,7 +50,7 @@ class Node:
         if domid in (0, self.owner):
             return True
         letter = next((letter for letter, who in self.perms[1:] if who == domid), self.perms[0][0])
-        return letter == "b" or letter == want
+        return letter in ("b", want)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Store:
         if tx is None:
             return node
         tx.seen.setdefault(path, node.generation if node else -1)
-        return tx.changed[path] if path in tx.changed else node
+        return tx.changed.get(path, node)
 
     def edit(self, path: str, tx: Transaction | None) -> Node:
         """The node to change; within a transaction, a copy of it."""
@@ -142,7 +142,7 @@ class Store:
         node = self.nodes.get(path)
         for connection in list(self.connections):
             for watched, token in list(connection.watches):
-                above = watched == path or watched == "/" or path.startswith(watched + "/")
+                above = watched in (path, "/") or path.startswith(watched + "/")
                 below = recursive and watched.startswith(path + "/")
                 if (above or below) and (node is None or node.allows(connection.domid, "r")):
                     connection.event(path if above else watched, token)
@@ -164,7 +164,7 @@ class Connection:
         self.store.connections.discard(self)
         self.watches, self._transactions = [], {}
 
-    def request(self, kind: int, tx_id: int, payload: bytes) -> bytes:
+    def request(self, kind: int, tx_id: int, payload: bytes) -> bytes:  # noqa: PLR0912 - one branch a message type
         """Answer one message. Raises StoreRefusal."""
         tx = None
         if tx_id:

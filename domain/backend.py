@@ -25,7 +25,8 @@ class Statistics:
     @classmethod
     async def publish(cls, kernel: Kernel) -> Statistics:
         page = kernel.memory.alloc(1)
-        await kernel.store.write(f"/local/domain/{kernel.domid}/data/stats-ref", kernel.grants.give(DOM0, page.pfn, readonly=True))
+        ref = kernel.grants.give(DOM0, page.pfn, readonly=True)
+        await kernel.store.write(f"/local/domain/{kernel.domid}/data/stats-ref", ref)
         return cls(page)
 
     def open(self, domid: int, kind: StatsKind, handle: int) -> tuple[int, int]:

@@ -190,10 +190,13 @@ class BlockDevice(Device):
             self.stats["notifies"] += 1
             self.kernel.evtchn.send(self._port)
         await slot.answered.wait()
-        status = slot.status
-        if status != BlkStatus.OKAY:
+        if slot.status != BlkStatus.OKAY:
             self._free.put(slot)
-            raise BlockError(self.error or f"{op.name.lower()} of {count} sectors at {sector}: status {status}")
+            raise self._failure(f"{op.name.lower()} of {count} sectors at {sector}: status {slot.status}")
+
+    def _failure(self, what: str) -> BlockError:
+        """Of the device, where that is broken; else of the one request."""
+        return BlockError(self.error or what)
 
     # ---- answers
 

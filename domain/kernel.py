@@ -94,7 +94,7 @@ class Kernel:
         sys.modules["__guest__"] = module
         try:
             exec(compile(source, f"<{self.name}>", "exec"), module.__dict__)
-            return module.main  # type: ignore[attr-defined]
+            return module.main
         except BaseException as error:
             self._crash("the kernel image cannot be started", error)
 
@@ -210,7 +210,7 @@ class _NotPreloaded:
     """The last word on imports in a locked domain."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        raise ImportError(f"{name} is not preloaded: a domain opens no files once it is locked (the list is in hypervisor/zygote.py)")
+        raise ImportError(f"{name} is not preloaded, and a locked domain opens no file (the list: hypervisor/zygote.py)")
 
 
 def address_of(pointer: Any) -> int:

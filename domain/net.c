@@ -188,13 +188,9 @@ int32_t net_recv(struct netfront *n, void *out, uint32_t *lengths, uint32_t max,
     return count ? net_post(n) : 0;
 }
 
-/* 1: frames or answers are there, do not sleep. */
-int32_t net_recheck(struct netfront *n)
-{
-    int32_t rx = ring_front_recheck(rx_of(n));
-
-    return ring_front_recheck(tx_of(n)) | rx;
-}
+/* Before sleeping for frames, or for room to send: ask to be told, look again. 1: do not sleep. */
+int32_t net_recheck_rx(struct netfront *n) { return ring_front_recheck(rx_of(n)); }
+int32_t net_recheck_tx(struct netfront *n) { return ring_front_recheck(tx_of(n)); }
 
 /* Size of the UDP payload of a whole, unfragmented frame with right checksums, and where it begins; -EINVAL otherwise. */
 int32_t udp_payload(const void *frame, uint32_t size, uint32_t *offset)

@@ -24,7 +24,8 @@ int32_t net_reap(struct netfront *n);
 int32_t net_send(struct netfront *n, const void *head, uint32_t head_size, const void *data, const uint32_t *lengths,
                  uint32_t count, uint32_t *sent);
 int32_t net_recv(struct netfront *n, void *out, uint32_t *lengths, uint32_t max, uint32_t *received);
-int32_t net_recheck(struct netfront *n);
+int32_t net_recheck_rx(struct netfront *n);
+int32_t net_recheck_tx(struct netfront *n);
 int32_t udp_payload(const void *frame, uint32_t size, uint32_t *offset);
 /* cdef end */
 

@@ -40,7 +40,7 @@ class Task(Generic[T]):
     """One coroutine. Awaiting it gives its value or raises what it raised."""
 
     def __init__(self, scheduler: Scheduler, coroutine: Coroutine[Any, Any, T], name: str) -> None:
-        self.name, self._coroutine, self._scheduler = name or coroutine.__qualname__, coroutine, scheduler
+        self.name, self._coroutine, self._scheduler = name or getattr(coroutine, "__qualname__", "task"), coroutine, scheduler
         self.done = False
         self.value: T | None = None
         self.error: BaseException | None = None
@@ -113,7 +113,7 @@ class Scheduler:
     def run(self, until: Task[T]) -> T:
         """Until that task is done; returns its value or raises its error. Other tasks stay where they are."""
         until._finished.waited = True
-        while not until.done:
+        while True:
             self._run_timers()
             for _ in range(len(self.ready)):
                 self.current = self.ready.popleft()
@@ -121,8 +121,9 @@ class Scheduler:
                 if until.done:
                     break
             self.current = None
-            if not until.done:
-                self._idle(0.0 if self.ready else self._until_timer())
+            if until.done:
+                break
+            self._idle(0.0 if self.ready else self._until_timer())
         if until.error is not None:
             raise until.error
         return until.value  # type: ignore[return-value]

@@ -134,7 +134,9 @@ class StoreTransaction:
         self._id = int(reply.rstrip(b"\0"))
         return self._id
 
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._client._request(XsType.TRANSACTION_END, b"F\0" if kind else b"T\0", self._id)
 
 

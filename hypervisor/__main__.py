@@ -1,4 +1,4 @@
-"""python -m hypervisor --state DIR [--frames N] [--entry MODULE] [--cmdline TEXT] [--ready-fd N]: run a host until dom0 ends it."""
+"""python -m hypervisor --state DIR [--frames N] [--entry MODULE] [--cmdline TEXT]: run a host until dom0 ends it."""
 
 from __future__ import annotations
 

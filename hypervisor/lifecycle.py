@@ -65,7 +65,7 @@ def _start_process(hv: Hypervisor, domain: Domain, entry: str, descriptors: int)
     try:
         domain.queues = _make_queues(hv, names)
         config = BootConfig(
-            domain.domid, domain.name, os.getpid(), hv.uid_of(domain), domain.flags, entry, *names,
+            domain.domid, domain.name, os.getpid(), hv.uid_of(domain), int(domain.flags), entry, names[0], names[1],
             0 if domain.privileged else hv.landlock, not domain.privileged,
         )  # fmt: skip
         rights = array.array("i", [hv.machine.rw, hv.machine.ro, hv.code_fd, monitor.command_fd])
@@ -105,7 +105,7 @@ def _make_queues(hv: Hypervisor, names: list[str]) -> tuple[posix_ipc.MessageQue
         for name, (read, write) in zip(names, ((True, False), (False, True)), strict=True):
             hv.journal(f"queue {name}")
             queue = posix_ipc.MessageQueue(
-                name, posix_ipc.O_CREX, mode=0o600, max_messages=MESSAGES, max_message_size=MESSAGE_BYTES, read=read, write=write
+                name, posix_ipc.O_CREX, 0o600, MESSAGES, MESSAGE_BYTES, read=read, write=write
             )
             made.append(queue)
             queue.block = False
@@ -184,7 +184,7 @@ def _obituary(process: Process) -> str:
     if not process.by_signal:
         return f"exited with status {process.status}"
     name = signal.Signals(process.status).name
-    known = {"SIGSYS": "a forbidden system call", "SIGSEGV": "a memory access it may not make", "SIGKILL": "killed from outside"}
+    known = {"SIGSYS": "a forbidden system call", "SIGSEGV": "a forbidden memory access", "SIGKILL": "killed from outside"}
     return f"{name}: {known.get(name, 'killed by a signal')}"
 
 

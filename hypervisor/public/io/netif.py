@@ -1,6 +1,7 @@
 """Virtual interfaces (xen/include/public/io/netif.h): a transmit and a receive ring of one page each, 256 entries.
 
-    tx request  12 bytes: u32 gref @0, u16 offset @4, u16 flags @6, u16 id @8, u16 size @10      tx response 4: u16 id, s16 status
+    tx request  12 bytes: u32 gref @0, u16 offset @4, u16 flags @6, u16 id @8, u16 size @10
+    tx response  4 bytes: u16 id @0, s16 status @2
     rx request   8 bytes: u16 id @0, u32 gref @4
     rx response  8 bytes: u16 id @0, u16 offset @2, u16 flags @4, s16 status @6 (> 0: bytes)
 
