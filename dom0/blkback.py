@@ -33,7 +33,7 @@ class Images:
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._sock = socket.socket(fileno=kernel.start.descriptors_fd)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, kernel.start.descriptors_fd)  # asks nothing
         self._held: dict[tuple[int, int], int] = {}
         self._arrived = Event()
         kernel.spawn(self._receive(), name="images")
@@ -77,7 +77,7 @@ class BlockBackend(Device):
     # ---- the steps of the table
 
     async def announce(self) -> None:
-        size = os.fstat(self._vbd.fd).st_size or os.lseek(self._vbd.fd, 0, os.SEEK_END)
+        size = os.lseek(self._vbd.fd, 0, os.SEEK_END)  # of a file and of a block device; the movers name their offsets
         try:
             extents = table.parse_extents(await self.own("extents"), size // SECTOR)
         except ValueError as error:

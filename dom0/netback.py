@@ -34,7 +34,7 @@ class Switch:
         self.backends: dict[int, NetBackend] = {}
         self.names: dict[str, int] = {}
         self.policy = firewall.Policy()
-        self._missing: Any = ffi.new("uint32_t[]", 2 * lib.SWITCH_RING)
+        self._missing: Any = ffi.new("uint32_t[]", lib.SWITCH_RING)
         self._work = Event()
         self._ready: set[int] = set()
         kernel.spawn(self._run(), name="switch")
@@ -190,23 +190,26 @@ class NetBackend(Device):
             pass  # the frontend is gone; its state will say so
 
     def map_missing(self, scratch: Any) -> None:
-        """Map grants that are named for the first time; a refused one stays refused, its frames fail."""
-        vif = self._switch.vif(self._slot)
-        n = lib.vif_missing(vif, scratch, 2 * lib.SWITCH_RING)
-        grefs = [scratch[i] for i in range(n)]
-        for part in [grefs] if self._keep(vif, grefs) else [[g] for g in grefs]:
-            self._keep(vif, part)
+        """Map grants that are named for the first time: frames to send read-only, buffers writable.
 
-    def _keep(self, vif: Any, grefs: list[int]) -> bool:
-        if not grefs or vif.address[grefs[0]] > 1:
-            return True
+        A refused one stays refused, its frames fail.
+        """
+        vif = self._switch.vif(self._slot)
+        for buffers, table in ((0, vif.readable), (1, vif.writable)):
+            n = lib.vif_missing(vif, buffers, scratch, lib.SWITCH_RING)
+            grefs = [scratch[i] for i in range(n)]
+            if grefs and not self._keep(table, grefs, readonly=not buffers):
+                for gref in grefs:
+                    self._keep(table, [gref], readonly=not buffers)
+
+    def _keep(self, table: Any, grefs: list[int], readonly: bool) -> bool:
         try:
-            mapping = self.kernel.grants.map(self.otherend_id, grefs)
+            mapping = self.kernel.grants.map(self.otherend_id, grefs, readonly)
         except (GrantError, XenError):
             return False
         self._mappings.append(mapping)
         for i, gref in enumerate(grefs):
-            vif.address[gref] = mapping.address + i * PAGE_SIZE
+            table[gref] = mapping.address + i * PAGE_SIZE
         return True
 
 

@@ -62,24 +62,24 @@ int32_t vif_take(struct vif *v, uint32_t max)
     return n;
 }
 
-static uint32_t name(struct vif *v, uint32_t gref, uint32_t *grefs, uint32_t n)
+static uint32_t name(uint64_t *address, uint32_t gref, uint32_t *grefs, uint32_t n)
 {
-    if (gref >= VIF_GREFS || v->address[gref])
+    if (gref >= VIF_GREFS || address[gref])
         return n;
-    v->address[gref] = 1; /* named once; the caller puts the address, or leaves it refused */
+    address[gref] = 1; /* named once; the caller puts the address, or leaves it refused */
     grefs[n] = gref;
     return n + 1;
 }
 
-/* Grants that are not mapped yet, of frames taken and of buffers posted. */
-int32_t vif_missing(struct vif *v, uint32_t *grefs, uint32_t max)
+/* Grants that are not mapped yet: of frames taken, or of buffers posted. */
+int32_t vif_missing(struct vif *v, int32_t buffers, uint32_t *grefs, uint32_t max)
 {
     uint32_t n = 0;
 
-    for (uint32_t i = 0; i < v->taken && n < max; i++)
-        n = name(v, ((struct tx_request *)v->batch)[i].gref, grefs, n);
-    for (uint32_t i = 0; i < v->posted && n < max; i++)
-        n = name(v, ((struct rx_request *)v->buffers)[(v->first + i) % SWITCH_RING].gref, grefs, n);
+    for (uint32_t i = 0; !buffers && i < v->taken && n < max; i++)
+        n = name(v->readable, ((struct tx_request *)v->batch)[i].gref, grefs, n);
+    for (uint32_t i = 0; buffers && i < v->posted && n < max; i++)
+        n = name(v->writable, ((struct rx_request *)v->buffers)[(v->first + i) % SWITCH_RING].gref, grefs, n);
     return (int32_t)n;
 }
 
@@ -181,7 +181,7 @@ static int deliver(struct nswitch *sw, struct vif *to, const uint8_t *header, ui
     to->first = (to->first + 1) % SWITCH_RING;
     to->posted--;
     to->answered++;
-    at = buffer.gref < VIF_GREFS ? to->address[buffer.gref] : 0;
+    at = buffer.gref < VIF_GREFS ? to->writable[buffer.gref] : 0;
     if (at <= 1) {
         *answer = (struct rx_response){.id = buffer.id, .status = ERROR};
         return 0;
@@ -205,10 +205,10 @@ static int16_t forward(struct nswitch *sw, uint32_t from, const struct tx_reques
     uint32_t copied = r->size < HEADER ? r->size : HEADER;
     int found = 0;
 
-    if (r->gref >= VIF_GREFS || v->address[r->gref] <= 1 || r->size < MIN_FRAME || r->size > MAX_FRAME ||
+    if (r->gref >= VIF_GREFS || v->readable[r->gref] <= 1 || r->size < MIN_FRAME || r->size > MAX_FRAME ||
         r->offset > PAGE - r->size || (r->flags & ~3u))
         return ERROR;
-    frame = (const uint8_t *)(uintptr_t)v->address[r->gref] + r->offset;
+    frame = (const uint8_t *)(uintptr_t)v->readable[r->gref] + r->offset;
     memcpy(header, frame, copied);
     if (spoofed(v, header, copied)) {
         sw->spoofed++;

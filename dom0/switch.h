@@ -28,7 +28,8 @@ struct vif {
     uint32_t ip;             /* network order as a number; 0: any */
     uint32_t taken, posted, first, answered, notify;
     uint64_t *stats;         /* seven counters of the statistics row */
-    uint64_t address[VIF_GREFS];
+    uint64_t readable[VIF_GREFS]; /* addresses of mapped grants, 0 unknown, 1 refused: of frames to send, mapped */
+    uint64_t writable[VIF_GREFS]; /* read-only, and of buffers; one reference may be both, and is mapped twice then */
     unsigned char batch[3072];    /* SWITCH_RING tx requests of 12 bytes */
     unsigned char buffers[2048];  /* SWITCH_RING posted rx requests, a queue */
     unsigned char answers[2048];  /* rx responses not yet published */
@@ -42,7 +43,7 @@ struct nswitch {
 
 int32_t vif_attach(struct vif *vif, void *tx, void *rx, uint64_t bytes);
 int32_t vif_take(struct vif *vif, uint32_t max);
-int32_t vif_missing(struct vif *vif, uint32_t *grefs, uint32_t max);
+int32_t vif_missing(struct vif *vif, int32_t buffers, uint32_t *grefs, uint32_t max);
 int32_t switch_run(struct nswitch *sw, uint32_t from);
 int32_t vif_publish(struct vif *vif);
 int32_t vif_recheck(struct vif *vif);

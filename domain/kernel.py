@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from domain import memory, sched
 from domain._guest import ffi, lib
+from domain.console import Console
 from domain.evtchn import EventChannels
 from domain.grant import Grants
 from domain.hypercall import Trap
 from domain.memory import Memory
 from domain.sched import Event, Scheduler, Task
+from domain.store import Store, StoreClient
 from hypervisor.public.console import ConsoleWrite
 from hypervisor.public.hypercall import Hypercall
 from hypervisor.public.layout import KERNEL_PFN
@@ -28,9 +30,7 @@ from hypervisor.public.types import CONSOLE_BYTES, PAGE_SIZE, VIRQ_TIMER
 
 if TYPE_CHECKING:
     from domain.blkfront import BlockDevice
-    from domain.console import Console
     from domain.netfront import NetDevice
-    from domain.store import Store
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -39,15 +39,18 @@ T = TypeVar("T")
 def start(address: int) -> NoReturn:
     """The first instruction of a Python guest: boot, run the program, shut down."""
     kernel = Kernel(StartInfo.unpack(memory.read(address, PAGE_SIZE)))
-    kernel.boot()
-    main = kernel.load()
+    try:
+        kernel.boot()
+        main = kernel.load()
+    except Exception as error:
+        kernel.crash("the kernel cannot start", error)
     kernel.run(main)
 
 
 class Kernel:
     """What a program gets: this domain's memory, events, grants, devices and time."""
 
-    store: Store
+    store: StoreClient
     console: Console
 
     def __init__(self, info: StartInfo) -> None:
@@ -74,16 +77,21 @@ class Kernel:
             self.evtchn.adopt(self.start.store_evtchn)
             self.evtchn.adopt(self.start.console_evtchn)
             self._connect()
+            self.spawn(self._obey(), name="control")
         sys.meta_path.insert(0, _NotPreloaded())  # no file can be opened any more
 
     def _connect(self) -> None:
         """The two rings that the builder set up: store and console."""
-        from domain.console import Console
-        from domain.store import Store
-
         self.store = Store(self)
         self.console = Console(self)
         sys.stdout = sys.stderr = self.console.stream()
+
+    async def _obey(self) -> None:
+        """The toolstack asks this domain to end by writing control/shutdown."""
+        watch = await self.store.watch("control/shutdown")
+        while not await self.store.get("control/shutdown"):
+            await watch.next()
+        raise SystemExit(0)
 
     def load(self) -> Any:
         """The program's main: of the driver domain's module, or of the delivered image."""
@@ -96,7 +104,7 @@ class Kernel:
             exec(compile(source, f"<{self.name}>", "exec"), module.__dict__)
             return module.main
         except BaseException as error:
-            self._crash("the kernel image cannot be started", error)
+            self.crash("the kernel image cannot be started", error)
 
     def run(self, main: Any) -> NoReturn:
         """The program's life: its value is the exit code."""
@@ -104,9 +112,10 @@ class Kernel:
         try:
             value = self.scheduler.run(task)
         except SystemExit as stop:
+            self.scheduler.current = None
             value = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except BaseException as error:
-            self._crash("main failed", error)
+            self.crash("main failed", error)
         self.shutdown(ShutdownReason.POWEROFF, value if isinstance(value, int) else 0)
 
     def shutdown(self, reason: ShutdownReason = ShutdownReason.POWEROFF, code: int = 0, why: str = "") -> NoReturn:
@@ -123,7 +132,7 @@ class Kernel:
         except Exception:
             pass  # whoever reads it is gone: the end goes on
 
-    def _crash(self, what: str, error: BaseException) -> NoReturn:
+    def crash(self, what: str, error: BaseException) -> NoReturn:
         text = "".join(traceback.format_exception(error))
         for line in text.splitlines()[-8:]:
             self.hypercall(ConsoleWrite(line.encode()[:CONSOLE_BYTES]))
@@ -134,7 +143,7 @@ class Kernel:
 
     def _task_failed(self, task: Task[Any], error: BaseException) -> None:
         if task.name != "main":
-            self._crash(f"task {task.name} failed", error)
+            self.crash(f"task {task.name} failed", error)
 
     # ---- what programs use
 

@@ -89,6 +89,16 @@ class Task(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
+class Timer:
+    """A call that is due at a time."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
 class Scheduler:
     """Runs tasks in the order they became ready."""
 
@@ -97,7 +107,7 @@ class Scheduler:
         self.ready: deque[Task[Any]] = deque()
         self.tasks: set[Task[Any]] = set()
         self.current: Task[Any] | None = None
-        self._timers: list[tuple[int, int, Callable[[], None]]] = []
+        self._timers: list[tuple[int, int, Timer]] = []
         self._order = itertools.count()
         self.on_error: Callable[[Task[Any], BaseException], None] = lambda task, error: None
 
@@ -107,8 +117,11 @@ class Scheduler:
         task.wake()
         return task
 
-    def at(self, deadline_ns: int, call: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (deadline_ns, next(self._order), call))
+    def at(self, deadline_ns: int, call: Callable[[], None]) -> Timer:
+        """`call` at system time `deadline_ns`, never earlier, unless it is cancelled before."""
+        timer = Timer(call)
+        heapq.heappush(self._timers, (deadline_ns, next(self._order), timer))
+        return timer
 
     def run(self, until: Task[T]) -> T:
         """Until that task is done; returns its value or raises its error. Other tasks stay where they are."""
@@ -130,10 +143,14 @@ class Scheduler:
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self.now_ns():
-            heapq.heappop(self._timers)[2]()
+            call = heapq.heappop(self._timers)[2].call
+            if call is not None:
+                call()
 
     def _until_timer(self) -> float:
-        """Seconds to the next timer, -1 for none."""
+        """Seconds to the next timer, -1 for none. A cancelled one wakes nobody."""
+        while self._timers and self._timers[0][2].call is None:
+            heapq.heappop(self._timers)
         return max(0.0, (self._timers[0][0] - self.now_ns()) / 1e9) if self._timers else -1.0
 
 
@@ -226,7 +243,7 @@ async def timeout(seconds: float, coroutine: Coroutine[Any, Any, T]) -> T:
             expired = True
             task.cancel()
 
-    scheduler.at(scheduler.now_ns() + int(seconds * 1e9), expire)
+    timer = scheduler.at(scheduler.now_ns() + int(seconds * 1e9), expire)
     try:
         return await task
     except Cancelled:
@@ -234,3 +251,5 @@ async def timeout(seconds: float, coroutine: Coroutine[Any, Any, T]) -> T:
         if expired and task.done:
             raise TimeoutExpired(f"{seconds} s") from None
         raise
+    finally:
+        timer.cancel()

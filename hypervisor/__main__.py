@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def main() -> int:
     hv.log(f"ring1: {hv.machine.nr_frames} frames, pid {os.getpid()}, {host.swept} leftovers swept")
     for line in hv.isolation:
         hv.log(line)
-    hv.boot_dom0(options.entry, f"state={options.state} {options.cmdline}".strip())
+    hv.boot_dom0(options.entry, f"state={shlex.quote(str(options.state))} {options.cmdline}".strip())
     why = hv.run()
     hv.log(f"ended: {why}")
+    host.close()
     return 0 if not why.startswith("panic") else 1
 
 

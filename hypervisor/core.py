@@ -205,11 +205,12 @@ class Hypervisor:
         """CPU time of a domain's process and monitor so far, by their own clocks."""
         total = 0
         for process in (domain.process, domain.monitor_process):
-            if process is not None and not process.ended:
-                try:
-                    total += time.clock_gettime_ns((~process.pid << 3) | 2)
-                except OSError:
-                    pass
+            if process is None:
+                continue
+            try:
+                total += process.cpu_ns if process.ended else time.clock_gettime_ns((~process.pid << 3) | 2)
+            except OSError:
+                pass
         domain.cpu_ns = max(domain.cpu_ns, total)
         return domain.cpu_ns
 

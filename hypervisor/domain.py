@@ -30,8 +30,9 @@ class Process:
     pid: int
     pidfd: int
     ended: bool = False
-    status: int = 0  # si_status: exit code or signal
+    status: int = 0  # exit code or signal
     by_signal: bool = False
+    cpu_ns: int = 0  # once it ended
     waiting: list[Resume] = field(default_factory=list)
 
     def exited(self, resume: Resume) -> None:

@@ -73,6 +73,11 @@ class Host:
         """Name an object before it is created."""
         os.write(self._journal, f"{line}\n".encode())
 
+    def close(self) -> None:
+        """An orderly end leaves logs, and the lock, which goes free with this process."""
+        for name in ("control", "journal"):
+            (self.state / name).unlink(missing_ok=True)
+
     def _sweep(self) -> int:
         """Remove what the last run here left behind; returns how many objects."""
         try:
@@ -91,8 +96,7 @@ class Host:
                     swept += 1
             except posix_ipc.ExistentialError:
                 pass
-        for name in ("control", "journal"):
-            (self.state / name).unlink(missing_ok=True)
+        self.close()
         return swept
 
     # ---- probes

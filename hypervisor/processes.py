@@ -46,18 +46,20 @@ class Children:
             pass
         while True:
             try:
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
-                info = None
-            if info is None:
                 break
-            by_signal = info.si_code != os.CLD_EXITED
-            if info.si_pid not in self._on_exit:
+            if pid == 0:
+                break
+            by_signal = os.WIFSIGNALED(status)
+            status = os.WTERMSIG(status) if by_signal else os.waitstatus_to_exitcode(status)
+            if pid not in self._on_exit:
                 if self.expecting:
-                    self._strangers[info.si_pid] = info.si_status, by_signal
+                    self._strangers[pid] = status, by_signal
                 continue
-            process, on_exit = self._on_exit.pop(info.si_pid)
-            process.ended, process.status, process.by_signal = True, info.si_status, by_signal
+            process, on_exit = self._on_exit.pop(pid)
+            process.ended, process.status, process.by_signal = True, status, by_signal
+            process.cpu_ns = int((usage.ru_utime + usage.ru_stime) * 1e9)
             on_exit()
             for resume in process.waiting:
                 resume(None)

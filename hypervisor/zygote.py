@@ -126,10 +126,7 @@ def main(fd: int, parent: int) -> None:
     lib.keep_capabilities(policy.CAPABILITIES)  # refused to an ordinary user, who has none to lose
     control = socket.socket(fileno=fd)
     for name in PRELOAD:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            print(e)  # DEVELOPMENT
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # keeps the collector off the shared pages
     while True:

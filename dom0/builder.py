@@ -1,0 +1,174 @@
+"""The builder: from a kernel's file to a paused domain whose frames hold it. Runs in dom0, through foreign mappings.
+
+    CreateDomain, ports for store and console, start_info, the two reserved grants, the kernel's own frames, LaunchInfo
+
+What it maps of the domain it unmaps before the first unpause; from then on dom0 has the store's and the console's page,
+which the domain granted to it in entries 0 and 1 of its table, and nothing else.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dom0 import elf
+from domain import memory
+from domain._guest import ffi, lib
+from domain.grant import GrantError, Mapping
+from hypervisor.public.domctl import (
+    CreateDomain,
+    CreateFlags,
+    DestroyDomain,
+    LaunchInfo,
+    MapForeign,
+    UnmapForeign,
+)
+from hypervisor.public.errors import XenError
+from hypervisor.public.grant import GREF_CONSOLE, GREF_XENSTORE, Gtf
+from hypervisor.public.layout import (
+    CONSOLE_PFN,
+    FD_DESCRIPTORS,
+    FD_REPLY,
+    FD_REQUEST,
+    FD_UPCALL,
+    GRANT_ENTRIES,
+    GRANT_PFN,
+    KERNEL_PFN,
+    KERNEL_WINDOW,
+    SHARED_INFO,
+    START_INFO_PFN,
+    STORE_PFN,
+    VIRT_BASE,
+    virt,
+)
+from hypervisor.public.start_info import StartInfo
+from hypervisor.public.types import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from domain.kernel import Kernel
+
+DOM0 = 0
+CHUNK = 64  # frames mapped at a time: one monitor batch at worst
+MAX_SOURCE = 4 << 20
+
+
+class BuildError(Exception):
+    """The domain cannot be built: one sentence; nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A kernel as it is loaded: source for the guest library, an ELF file, or the name of a driver domain's module."""
+
+    source: bytes = b""
+    native: elf.Elf | None = None
+    entry: str = ""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A paused domain and dom0's ends of it."""
+
+    domid: int
+    store_port: int
+    console_port: int
+    pages: Mapping  # console, store
+
+
+def read_image(path: Path) -> Image:
+    """Raises BuildError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BuildError(f"kernel {path}: {error.strerror}") from None
+    if data.startswith(b"\x7fELF"):
+        try:
+            return Image(native=elf.parse(data))
+        except elf.ElfError as error:
+            raise BuildError(f"kernel {path}: {error}") from None
+    if len(data) > MAX_SOURCE:
+        raise BuildError(f"kernel {path}: {len(data)} bytes, at most {MAX_SOURCE}")
+    try:
+        compile(data, str(path), "exec", dont_inherit=True)  # the first place that can say where it is wrong
+    except (SyntaxError, ValueError) as error:
+        raise BuildError(f"kernel {path}: {error}") from None
+    return Image(source=data)
+
+
+def build(
+    kernel: Kernel, name: str, image: Image, frames: int, cmdline: str = "", flags: CreateFlags = CreateFlags.NONE,
+    descriptor: int = -1,
+) -> Built:  # fmt: skip
+    """A domain `name` of `frames` frames, paused. `descriptor` goes to FD_DESCRIPTORS of a driver domain.
+
+    Raises BuildError.
+    """
+    needed = image.native.end_pfn + 1 if image.native else KERNEL_PFN + -(-len(image.source) // PAGE_SIZE)
+    if needed >= frames:
+        raise BuildError(f"{frames * PAGE_SIZE >> 10} KiB is too little: the kernel's image ends at frame {needed}")
+    if descriptor >= 0:
+        with socket.socket(fileno=kernel.start.descriptors_fd) as sock:
+            socket.send_fds(sock, [b"fd"], [descriptor])
+            sock.detach()
+    flags |= CreateFlags.NATIVE if image.native else CreateFlags.NONE
+    try:
+        domid = kernel.call(CreateDomain(name, frames, int(flags), int(descriptor >= 0), image.entry))
+    except XenError as error:
+        raise BuildError(f"{name}: the hypervisor refused to create it: {error}") from None
+    try:
+        return _fill(kernel, domid, name, image, frames, cmdline, descriptor >= 0)
+    except (XenError, GrantError) as error:
+        kernel.call(DestroyDomain(domid))
+        raise BuildError(f"{name}: it ended while it was built: {error}") from None
+
+
+def _fill(kernel: Kernel, domid: int, name: str, image: Image, frames: int, cmdline: str, fds: bool) -> Built:
+    evtchn = kernel.evtchn
+    ports = [evtchn.alloc_unbound(DOM0, domid) for _ in range(2)]
+    info = StartInfo(
+        frames, 0, STORE_PFN, ports[0], CONSOLE_PFN, ports[1], 0, 0, cmdline, domid, name, VIRT_BASE, KERNEL_WINDOW,
+        SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, FD_DESCRIPTORS if fds else -1, kernel.start.boot_ns, virt(GRANT_PFN),
+        GRANT_ENTRIES, image.entry,
+    )  # fmt: skip
+    if image.source:
+        info = replace(info, mod_start=virt(KERNEL_PFN), mod_len=len(image.source))
+        write_frames(kernel, domid, KERNEL_PFN, image.source)
+    write_frames(kernel, domid, START_INFO_PFN, info.pack())
+    _grant_to_dom0(kernel, domid)
+    if image.native:
+        for segment in image.native.segments:
+            write_frames(kernel, domid, segment.pfn, bytes(segment.offset) + segment.data)
+        text = image.native.text
+        kernel.call(LaunchInfo(domid, image.native.entry, text.pfn, text.pages))
+    pages = kernel.grants.map(domid, [GREF_CONSOLE, GREF_XENSTORE])
+    return Built(domid, evtchn.bind_interdomain(domid, ports[0]), evtchn.bind_interdomain(domid, ports[1]), pages)
+
+
+def write_frames(kernel: Kernel, domid: int, pfn: int, data: bytes) -> None:
+    """Copy `data` to a domain's frames from `pfn` on. Raises XenError."""
+    step = CHUNK * PAGE_SIZE
+    for at in range(0, len(data), step):
+        part = data[at : at + step]
+        _with_frames(kernel, domid, pfn + at // PAGE_SIZE, -(-len(part) // PAGE_SIZE), [(0, part)])
+
+
+def _with_frames(kernel: Kernel, domid: int, pfn: int, count: int, writes: Sequence[tuple[int, bytes]]) -> None:
+    va = kernel.grants.reserve(count)
+    kernel.call(MapForeign(domid, pfn, count, va))
+    try:
+        for offset, data in writes:
+            memory.write(KERNEL_WINDOW + va + offset, data)
+    finally:
+        kernel.call(UnmapForeign(va, count))
+        kernel.grants.unreserve(va, count)
+
+
+def _grant_to_dom0(kernel: Kernel, domid: int) -> None:
+    """Entries 0 and 1 of its table: the console's and the store's page, for dom0 (xen/include/public/grant_table.h)."""
+    table = ffi.new("char[]", 16)
+    lib.grant_set(table, GREF_CONSOLE, int(Gtf.PERMIT_ACCESS), DOM0, CONSOLE_PFN)
+    lib.grant_set(table, GREF_XENSTORE, int(Gtf.PERMIT_ACCESS), DOM0, STORE_PFN)
+    _with_frames(kernel, domid, GRANT_PFN, 1, [(0, bytes(ffi.buffer(table)))])
