@@ -124,11 +124,11 @@ class Toolstack:
 
     # ---- creating
 
-    async def create(self, config: DomainConfig, paused: bool = False) -> Guest:
+    async def create(self, config: DomainConfig, paused: bool = False, flags: CreateFlags = CreateFlags.NONE) -> Guest:
         """Build, connect, attach, let run. Raises ToolstackError, with nothing of it left."""
         if any(g.name == config.name and not g.ended.is_set for g in self.guests.values()):
             raise ToolstackError(f"a domain named {config.name} runs already")
-        flags = CreateFlags.DEBUG if config.debug else CreateFlags.NONE
+        flags |= CreateFlags.DEBUG if config.debug else CreateFlags.NONE
         try:
             image = builder.read_image(Path(config.kernel))
             frames = (config.memory << 20) // PAGE_SIZE
