@@ -6,6 +6,7 @@ setup(
     cffi_modules=[
         "ringlib/build_ring.py:ffibuilder",
         "hypervisor/gate/build_gate.py:ffibuilder",
+        "hypervisor/build_hv.py:ffibuilder",
         "domain/build_guest.py:ffibuilder",
         "domain/build_net.py:ffibuilder",
         "dom0/build_blk.py:ffibuilder",

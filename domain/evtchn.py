@@ -3,8 +3,6 @@ that becomes readable; what happened stands in the bitmaps, drained in C."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from domain._guest import ffi, lib
@@ -27,6 +25,7 @@ class EventChannels:
         self._ports: Any = ffi.new("uint32_t[]", DRAIN)
         self._events: dict[int, Event] = {}
         self.received = self.sent = 0
+        self.mask_upcalls()
 
     # ---- ports
 
@@ -78,15 +77,13 @@ class EventChannels:
         await event.wait()
         event.clear()
 
-    @contextmanager
-    def upcalls_masked(self) -> Iterator[None]:
-        """Interrupts off: a store, no call; unmasking looks once more."""
+    def mask_upcalls(self) -> None:
+        """Interrupts off: a store, no call."""
         lib.upcall_mask(self._shared)
-        try:
-            yield
-        finally:
-            if lib.upcall_unmask(self._shared):
-                self.drain()
+
+    def unmask_upcalls(self) -> bool:
+        """Interrupts on. True: something came meanwhile, and no signal will say so."""
+        return lib.upcall_unmask(self._shared) != 0
 
     def drain(self) -> int:
         """Hand pending ports to their waiters; returns how many."""

@@ -194,15 +194,28 @@ class Kernel:
     # ---- idle: SCHEDOP_block
 
     def _idle(self, timeout: float) -> None:
-        """Look, then sleep until an upcall, a descriptor or the timer. `timeout` in seconds, -1 for ever."""
+        """Look, then sleep until an upcall, a descriptor or the timer. `timeout` in seconds, -1 for ever.
+
+        Upcalls are masked while this kernel is awake: it looks by itself, and nobody spends a signal on it. They are
+        unmasked for the sleep alone, and unmasking looks once more.
+        """
         if self.evtchn.drain():
+            return
+        if timeout == 0:
+            if self._waiting:
+                self._poll_descriptors(0)
             return
         if timeout > 0:
             self._arm(timeout)
-        for fd, _ in self._poll.poll(0 if timeout == 0 else None):
+        if not self.evtchn.unmask_upcalls():
+            self._poll_descriptors(None)
+        self.evtchn.mask_upcalls()
+        self.evtchn.drain()
+
+    def _poll_descriptors(self, milliseconds: int | None) -> None:
+        for fd, _ in self._poll.poll(milliseconds):
             if fd == self.start.upcall_fd:
                 lib.signal_clear(fd)
-                self.evtchn.drain()
             elif fd in self._waiting:
                 self._waiting[fd].set()
 

@@ -16,6 +16,7 @@ import msgpack
 import posix_ipc
 
 from hypervisor import console, dispatch, domctl, evtchn, grant, lifecycle, memory, sched, sysctl, version
+from hypervisor._hv import ffi
 from hypervisor.domain import DOM0, Domain
 from hypervisor.frames import FrameTable
 from hypervisor.gate.monitor import MonitorGone, sealed_code
@@ -40,7 +41,7 @@ from hypervisor.public.layout import (
     virt,
 )
 from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
-from hypervisor.public.types import DOMID_SELF, MESSAGE_BYTES, VIRQ_CONSOLE
+from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, MESSAGE_BYTES, VIRQ_CONSOLE
 from hypervisor.zygote import Zygote
 
 DOM0_FRAMES = 2048
@@ -65,6 +66,8 @@ class Hypervisor:
         self.code_fd = sealed_code()
         self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
         self.domains: dict[int, Domain] = {}
+        self.ends: Any = ffi.new("struct evt_end *[]", DOMID_FIRST_RESERVED)  # by domid, as the C kernels see domains
+        self.gnts: Any = ffi.new("struct gnt_domain *[]", DOMID_FIRST_RESERVED)
         self.next_domid = 1
         self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.descriptors.setblocking(False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 
+from hypervisor._hv import ffi
 from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
 from hypervisor.public.domctl import CreateFlags
@@ -17,7 +19,6 @@ from hypervisor.public.layout import VIRT_BASE
 from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
-    from hypervisor.evtchn import Channel
     from hypervisor.grant import GrantMapping
 
 DOM0 = 0
@@ -74,28 +75,28 @@ class Domain:
         self.fail: Callable[[str], None] = lambda why: None  # begin its end, with a reason
         self._when_dead: list[Callable[[], None]] = []
         # memory: pfn -> mfn, and the address space
-        self.p2m: list[int] = []
+        self.p2m = array("I")
         self.max_frames = 0
         self.own_refs: list[tuple[int, bool]] = []  # references its own mapping holds
         self.monitor: Monitor | None = None
-        self.shared_info: Any = None
         self.entry = 0
         # hypercalls
         self.queues: tuple[posix_ipc.MessageQueue, posix_ipc.MessageQueue] | None = None
         self.busy = False  # a continuation of its runs: its queue is not read
         # events
-        self.ports: dict[int, Channel] = {}
+        self.evt: Any = ffi.new("struct evt_end *")
+        self.ports: dict[int, Any] = {}  # the open ones: port -> struct evt_port of `evt`
         self.virqs: dict[int, int] = {}
         self.timer: Timer | None = None
         self.blocked: Resume | None = None
         # grants: what it maps of others, what others map of it
+        self.gnt: Any = ffi.new("struct gnt_domain *")
         self.maptrack: dict[int, GrantMapping] = {}
         self.active: dict[int, list[GrantMapping]] = {}
         self.reserved_vas: set[int] = set()
         self.next_handle = 1
         # counters
         self.hypercalls = self.lost_replies = 0
-        self.events_sent = self.events_delivered = self.events_elided = 0
         self.cpu_ns = 0
 
     def __repr__(self) -> str:

@@ -125,8 +125,8 @@ def info(hv: Hypervisor, d: Domain) -> abi.DomainInfo:
     return abi.DomainInfo(
         d.domid, d.name, d.state, d.reason[:100], d.exit_code, d.process.pid if d.process else 0,
         d.monitor_process.pid if d.monitor_process else 0, len(d.p2m), d.max_frames,
-        len({m.mfn for group in d.active.values() for m in group}), hv.cpu_ns(d), d.hypercalls, d.events_sent,
-        d.events_delivered, d.events_elided, int(d.flags),
+        len({m.mfn for group in d.active.values() for m in group}), hv.cpu_ns(d), d.hypercalls, d.evt.sent,
+        d.evt.delivered, d.evt.elided, int(d.flags),
     )  # fmt: skip
 
 

@@ -7,12 +7,11 @@ receiver's shared_info and signals only on the edge (gate/shared.c); the hypervi
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import DOM0, Domain
-from hypervisor.gate._gate import lib
 from hypervisor.public import evtchn as abi
 from hypervisor.public.errors import Exists, Invalid, NoSpace, NotPermitted
 from hypervisor.public.evtchn import State
@@ -25,32 +24,17 @@ OWN_VIRQS = {VIRQ_TIMER, VIRQ_DEBUG}
 DOM0_VIRQS = {VIRQ_CONSOLE, VIRQ_DOM_EXC}
 
 
-@dataclass
-class Channel:
-    """One end: a port of a domain."""
-
-    state: State
-    remote_domid: int = 0
-    remote_port: int = 0
-    virq: int = 0
-
-
 # ---- delivery
 
 
 def notify(hv: Hypervisor, domain: Domain, port: int) -> None:
     """Set a port pending; one signal, and only on the edge."""
-    if not domain.alive or domain.shared_info is None:
-        return
-    if lib.evtchn_set_pending(domain.shared_info, port):
+    if domain.alive and lib.evtchn_notify(domain.evt, port):
         kick(domain)
-    else:
-        domain.events_elided += 1
 
 
 def kick(domain: Domain) -> None:
     """The upcall: a signal that says "look", and the reply of a blocked call."""
-    domain.events_delivered += 1
     if domain.blocked is not None:
         resume, domain.blocked = domain.blocked, None
         resume(None)
@@ -74,7 +58,16 @@ def _free_port(domain: Domain) -> int:
     return next(port for port in range(1, MAX_PORTS + 2) if port not in domain.ports)
 
 
-def _channel(domain: Domain, port: int) -> Channel:
+def _open(domain: Domain, port: int, state: State, remote_domid: int = 0, remote_port: int = 0, virq: int = 0) -> int:
+    """Fill the port where the C kernel reads it; returns it."""
+    channel = domain.evt.ports[port]
+    channel.remote_domid, channel.remote_port, channel.virq = remote_domid, remote_port, virq
+    channel.state = int(state)
+    domain.ports[port] = channel
+    return port
+
+
+def _channel(domain: Domain, port: int) -> Any:
     channel = domain.ports.get(port)
     if channel is None:
         raise Invalid(f"port {port} is closed")
@@ -88,10 +81,11 @@ def _close(hv: Hypervisor, domain: Domain, port: int) -> None:
     elif channel.state == State.INTERDOMAIN:
         remote = hv.domains.get(channel.remote_domid)
         other = remote.ports.get(channel.remote_port) if remote else None
-        if remote and other:
-            other.state, other.remote_domid, other.remote_port = State.UNBOUND, domain.domid, 0
-    if domain.alive and domain.shared_info is not None:
-        lib.evtchn_clear(domain.shared_info, port)
+        if other is not None:
+            other.state, other.remote_domid, other.remote_port = int(State.UNBOUND), domain.domid, 0
+    channel.state = int(State.CLOSED)
+    if domain.evt.shared_info:
+        lib.evtchn_clear(domain.evt, port)
 
 
 def close_all(hv: Hypervisor, domain: Domain) -> None:
@@ -113,8 +107,7 @@ def alloc_unbound(hv: Hypervisor, caller: Domain, call: abi.AllocUnbound) -> int
     remote = caller.domid if call.remote_domid == DOMID_SELF else hv.lookup(call.remote_domid).domid
     port = _free_port(domain)
 
-    domain.ports[port] = Channel(State.UNBOUND, remote)
-    return port
+    return _open(domain, port, State.UNBOUND, remote)
 
 
 @hypercall(abi.BindInterdomain)
@@ -125,8 +118,8 @@ def bind_interdomain(hv: Hypervisor, caller: Domain, call: abi.BindInterdomain) 
         raise Invalid(f"port {call.remote_port} of domain {remote.domid} does not wait for domain {caller.domid}")
     port = _free_port(caller)
 
-    caller.ports[port] = Channel(State.INTERDOMAIN, remote.domid, call.remote_port)
-    other.state, other.remote_port = State.INTERDOMAIN, port
+    _open(caller, port, State.INTERDOMAIN, remote.domid, call.remote_port)
+    other.state, other.remote_port = int(State.INTERDOMAIN), port
     notify(hv, caller, port)  # events sent before the binding may have been lost
     return port
 
@@ -141,30 +134,27 @@ def bind_virq(hv: Hypervisor, caller: Domain, call: abi.BindVirq) -> int:
         raise Exists(f"virq {call.virq} is bound to port {caller.virqs[call.virq]}")
     port = _free_port(caller)
 
-    caller.ports[port] = Channel(State.VIRQ, virq=call.virq)
     caller.virqs[call.virq] = port
-    return port
+    return _open(caller, port, State.VIRQ, virq=call.virq)
 
 
 @hypercall(abi.BindIpi)
 def bind_ipi(hv: Hypervisor, caller: Domain, call: abi.BindIpi) -> int:
     port = _free_port(caller)
 
-    caller.ports[port] = Channel(State.IPI)
-    return port
+    return _open(caller, port, State.IPI)
 
 
 @hypercall(abi.EvtchnSend)
 def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
-    channel = _channel(caller, call.port)
-    if channel.state not in (State.INTERDOMAIN, State.UNBOUND, State.IPI):
+    if lib.evtchn_send(hv.ends, caller.domid, call.port, _signal):
         raise Invalid(f"port {call.port} cannot send")
 
-    caller.events_sent += 1
-    if channel.state == State.INTERDOMAIN:
-        notify(hv, hv.domains[channel.remote_domid], channel.remote_port)
-    elif channel.state == State.IPI:
-        notify(hv, caller, call.port)
+    if _signal[0] != lib.NO_DOMAIN:
+        kick(hv.domains[_signal[0]])
+
+
+_signal = ffi.new("uint16_t *")  # who is to be signalled: the C kernel's second result
 
 
 @hypercall(abi.EvtchnClose)
@@ -186,7 +176,8 @@ def status(hv: Hypervisor, caller: Domain, call: abi.EvtchnStatus) -> tuple[int,
 def unmask(hv: Hypervisor, caller: Domain, call: abi.EvtchnUnmask) -> None:
     _channel(caller, call.port)
 
-    if lib.evtchn_unmask(caller.shared_info, call.port):
+    if lib.evtchn_unmask(caller.evt, call.port):
+        caller.evt.delivered += 1
         kick(caller)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hypervisor import guest_access
+from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
-from hypervisor.gate._gate import ffi, lib
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import grant as abi
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 FOREIGN = -1  # the "reference" of a mapping the builder made
-ENTRIES_PER_FRAME = PAGE_SIZE // 8
 
 
 @dataclass(eq=False)
@@ -85,8 +84,7 @@ def drop(hv: Hypervisor, mapping: GrantMapping) -> None:
     others = granter.active[mapping.ref]
     others.remove(mapping)
     if mapping.ref != FOREIGN and granter.alive:
-        table = hv.machine.pointer(granter.p2m[GRANT_PFN + mapping.ref // ENTRIES_PER_FRAME])
-        lib.grant_release(table, mapping.ref % ENTRIES_PER_FRAME, not any(m.writable for m in others), not others)
+        lib.grant_release(granter.gnt, mapping.ref, not any(m.writable for m in others), not others)
     if not others:
         del granter.active[mapping.ref]
 
@@ -168,7 +166,7 @@ def _answer(entry: tuple[int, ...], result: GrantMapping | GrantStatus) -> bytes
 def _claim(hv: Hypervisor, caller: Domain, va: int, flags: int, ref: int, dom: int) -> GrantMapping:
     """Check one entry and take its references. Raises _Refusal."""
     granter = hv.domains.get(caller.domid if dom == DOMID_SELF else dom)
-    if granter is None or not granter.alive or not granter.p2m or granter.shared_info is None:
+    if granter is None or not granter.alive or not granter.gnt.alive:
         raise _Refusal(GrantStatus.BAD_DOMAIN)
     if flags & ~int(MapFlags.READONLY) != MapFlags.HOST_MAP:
         raise _Refusal(GrantStatus.GENERAL_ERROR)
@@ -179,13 +177,12 @@ def _claim(hv: Hypervisor, caller: Domain, va: int, flags: int, ref: int, dom: i
     if len(caller.maptrack) >= MAX_MAPTRACK:
         raise _Refusal(GrantStatus.NO_DEVICE_SPACE)
     writable = not flags & MapFlags.READONLY
-    table = hv.machine.pointer(granter.p2m[GRANT_PFN + ref // ENTRIES_PER_FRAME])
     frame = ffi.new("uint32_t *")
-    if lib.grant_claim(table, ref % ENTRIES_PER_FRAME, caller.domid, writable, frame):
+    if lib.grant_claim(granter.gnt, ref, caller.domid, writable, frame):
         raise _Refusal(GrantStatus.PERMISSION_DENIED)
     if frame[0] >= len(granter.p2m) or GRANT_PFN <= frame[0] < GRANT_PFN + GRANT_FRAMES:
         others = granter.active.get(ref, [])
-        lib.grant_release(table, ref % ENTRIES_PER_FRAME, not any(m.writable for m in others), not others)
+        lib.grant_release(granter.gnt, ref, not any(m.writable for m in others), not others)
         raise _Refusal(GrantStatus.BAD_GNTREF)
     return hold(hv, granter, caller, ref, granter.p2m[frame[0]], va, writable)
 

@@ -21,13 +21,14 @@ import msgpack
 import posix_ipc
 
 from hypervisor import evtchn, grant, zygote
+from hypervisor._hv import ffi
 from hypervisor.domain import DOM0, Domain, Process
 from hypervisor.gate.boot import BootConfig
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone, first_message
 from hypervisor.loop import Resume, Steps, Wait
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import NoSpace
-from hypervisor.public.layout import SHARED_INFO, virt
+from hypervisor.public.layout import GRANT_FRAMES, GRANT_PFN, SHARED_INFO, SHARED_INFO_PFN, virt
 from hypervisor.public.types import MESSAGE_BYTES, MESSAGES, VIRQ_DOM_EXC
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SCRUB_FRAMES = 1024  # 4 MiB a turn
 
 def create(hv: Hypervisor, domain: Domain, nr_frames: int, entry: str, descriptors: int = -1) -> Steps:
     """Steps: make `domain` ready to be built. Raises XenError, with everything undone."""
-    domain.p2m = hv.frames.allocate(domain.domid, nr_frames)
+    domain.p2m = array.array("I", hv.frames.allocate(domain.domid, nr_frames))
     domain.max_frames = nr_frames
     hv.domains[domain.domid] = domain
     hv.children.expecting += 1
@@ -154,13 +155,29 @@ def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
 def _map_reservation(hv: Hypervisor, domain: Domain) -> Steps:
     """The boot mapping: shared_info on top, the reservation linearly from VIRT_BASE. One writable reference each."""
     assert domain.monitor is not None
-    domain.shared_info = hv.machine.pointer(domain.p2m[0])
+    _show_to_kernels(hv, domain)
     pages = [(SHARED_INFO, domain.p2m[0], PROT_READ | PROT_WRITE)]
     pages += [(virt(pfn), mfn, PROT_READ | PROT_WRITE) for pfn, mfn in enumerate(domain.p2m)]
     for _, mfn, _ in pages:
         hv.frames.get(mfn, True)
     domain.own_refs = [(mfn, True) for _, mfn, _ in pages]
     yield from domain.monitor.map(pages)
+
+
+def _show_to_kernels(hv: Hypervisor, domain: Domain) -> None:
+    """From here on the C kernels find this domain's shared_info, grant table and frames."""
+    domain.evt.shared_info = hv.machine.pointer(domain.p2m[SHARED_INFO_PFN])
+    for i in range(GRANT_FRAMES):
+        domain.gnt.table[i] = hv.machine.pointer(domain.p2m[GRANT_PFN + i])
+    domain.gnt.p2m = ffi.from_buffer("uint32_t[]", domain.p2m)
+    domain.gnt.nr_frames, domain.gnt.alive = len(domain.p2m), 1
+    hv.ends[domain.domid], hv.gnts[domain.domid] = domain.evt, domain.gnt
+
+
+def _hide_from_kernels(hv: Hypervisor, domain: Domain) -> None:
+    hv.ends[domain.domid] = hv.gnts[domain.domid] = ffi.NULL
+    domain.evt.shared_info = domain.gnt.p2m = ffi.NULL
+    domain.gnt.nr_frames = domain.gnt.alive = 0
 
 
 def launch(hv: Hypervisor, domain: Domain) -> None:
@@ -203,6 +220,7 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
         hv.loop.unwatch(domain.queues[0].mqd)
     domain.blocked = None
     evtchn.close_all(hv, domain)
+    _hide_from_kernels(hv, domain)
     for process in (domain.process, domain.monitor_process):
         if process is not None:
             process.signal(signal.SIGKILL)
@@ -229,7 +247,7 @@ def _bury(hv: Hypervisor, domain: Domain) -> Steps:
             hv.machine.scrub(mfn)
             hv.frames.release(mfn)
         yield hv.loop.turn
-    domain.p2m = []
+    domain.p2m = array.array("I")
     for queue in domain.queues or ():
         queue.close()
     domain.queues = None

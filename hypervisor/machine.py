@@ -13,7 +13,7 @@ from typing import Any
 
 import posix_ipc
 
-from hypervisor.gate._gate import ffi, lib
+from hypervisor._hv import ffi, lib
 from hypervisor.public.types import PAGE_SIZE
 
 
@@ -39,6 +39,11 @@ class MachineMemory:
             os.set_inheritable(fd, False)
         self._map = mmap.mmap(self.rw, nr_frames * PAGE_SIZE)
         self._base: Any = ffi.cast("char *", ffi.from_buffer(self._map))
+
+    @property
+    def base(self) -> Any:
+        """char * to frame 0."""
+        return self._base
 
     def pointer(self, mfn: int) -> Any:
         """char * to a frame, for the C that touches what a guest may be changing."""

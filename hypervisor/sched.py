@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 from hypervisor import evtchn, lifecycle
+from hypervisor._hv import lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
-from hypervisor.gate._gate import lib
 from hypervisor.loop import Resume, Steps
 from hypervisor.public import sched as abi
 from hypervisor.public.errors import Invalid
@@ -26,12 +26,12 @@ def yield_cpu(hv: Hypervisor, caller: Domain, call: abi.SchedYield) -> Steps:
 
 @hypercall(abi.SchedBlock)
 def block(hv: Hypervisor, caller: Domain, call: abi.SchedBlock) -> Steps:
-    lib.upcall_unblock(caller.shared_info)
+    lib.upcall_unblock(caller.evt)
 
     def wait(resume: Resume) -> None:
         caller.blocked = resume  # before the look: an event in between finds it
 
-    if not lib.upcall_is_pending(caller.shared_info):
+    if not lib.upcall_is_pending(caller.evt):
         yield wait
 
 

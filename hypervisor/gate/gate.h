@@ -20,16 +20,6 @@ long landlock_abi(void);
 long landlock_all(long abi);
 long keep_capabilities(uint64_t keep);
 void enter_kernel(uint64_t entry, uint64_t start_info);
-
-/* shared_info and the grant table, seen by the hypervisor: shared.c */
-int32_t evtchn_set_pending(void *shared_info, uint32_t port);
-int32_t evtchn_unmask(void *shared_info, uint32_t port);
-void evtchn_clear(void *shared_info, uint32_t port);
-int32_t upcall_is_pending(void *shared_info);
-void upcall_unblock(void *shared_info);
-int32_t grant_claim(void *table, uint32_t ref, uint16_t domid, int32_t writable, uint32_t *frame);
-void grant_release(void *table, uint32_t ref, int32_t clear_writing, int32_t clear_reading);
-void scrub(void *at, uint64_t bytes);
 /* cdef end */
 
 #endif
