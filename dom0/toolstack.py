@@ -84,11 +84,11 @@ class Toolstack:
 
     def ask(self, call: type[Hypercall[int]]) -> Any:
         """A sysctl that answers msgpack into memory."""
-        length = self.kernel.call(call(self._answer.va, ANSWER_PAGES * PAGE_SIZE))  # type: ignore[call-arg]
+        length = self.kernel.call(call(self._answer.va, ANSWER_PAGES * PAGE_SIZE))
         return msgpack.unpackb(memory.read(self._answer.address, length))
 
     def ask_text(self, call: type[Hypercall[int]]) -> str:
-        length = self.kernel.call(call(self._answer.va, ANSWER_PAGES * PAGE_SIZE))  # type: ignore[call-arg]
+        length = self.kernel.call(call(self._answer.va, ANSWER_PAGES * PAGE_SIZE))
         return memory.read(self._answer.address, length).decode()
 
     def infos(self) -> list[DomainInfo]:

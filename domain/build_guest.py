@@ -16,7 +16,7 @@ ffibuilder.set_source(
     "domain._guest",
     '#include "guest.h"',
     sources=[os.path.relpath(HERE / "guest.c", ROOT)],
-    include_dirs=[str(HERE)],
+    include_dirs=[str(HERE), str(ROOT / "ringlib")],
     libraries=["rt"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
 )

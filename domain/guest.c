@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ring.h"
+
 struct vcpu_info {
     _Atomic uint8_t upcall_pending;
     _Atomic uint8_t upcall_mask;
@@ -131,6 +133,41 @@ int32_t grant_end(void *table, uint32_t ref)
         if (seen & (8 | 16))
             return -EBUSY;
     } while (!atomic_compare_exchange_strong(entry, &seen, 0));
+    return 0;
+}
+
+/* Push what fits of `count` entries, take what was answered, until all is answered (0), the doorbell must be rung (1: it was
+ * asked for, or nothing came within `spins` looks), or the ring is broken (-EPROTO). *pushed and *answered go on from call
+ * to call. */
+int32_t callring_round(void *front, const void *entries, uint32_t count, uint32_t *pushed, void *answers, uint32_t *answered,
+                       uint32_t spins)
+{
+    struct ring_front *f = front;
+    uint32_t idle = 0;
+
+    while (*answered < count) {
+        uint32_t room = ring_front_free(f), n = count - *pushed < room ? count - *pushed : room;
+        int32_t r;
+
+        if (n) {
+            r = ring_front_publish(f, (const char *)entries + (uint64_t)*pushed * 64, n);
+            if (r < 0)
+                return r;
+            *pushed += n;
+            if (r == 1)
+                return 1;
+        }
+        r = ring_front_take(f, (char *)answers + (uint64_t)*answered * 16, count - *answered);
+        if (r < 0)
+            return r;
+        *answered += (uint32_t)r;
+        if (r)
+            idle = 0;
+        else if (++idle > spins)
+            return 1;
+        else
+            __builtin_ia32_pause();
+    }
     return 0;
 }
 

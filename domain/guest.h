@@ -15,6 +15,8 @@ void memory_copy(void *to, const void *from, uint64_t size);
 void memory_zero(void *at, uint64_t size);
 int32_t grant_set(void *table, uint32_t ref, uint16_t flags, uint16_t domid, uint32_t frame);
 int32_t grant_end(void *table, uint32_t ref);
+int32_t callring_round(void *front, const void *entries, uint32_t count, uint32_t *pushed, void *answers,
+                       uint32_t *answered, uint32_t spins);
 int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f);
 /* cdef end */
 

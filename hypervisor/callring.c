@@ -37,18 +37,9 @@ void callring_answer(struct callring *c, int64_t result)
     *a = (struct answer){c->entries[c->next++][0], result};
 }
 
-/* Take a batch where none is under way; run event sends from where it stands. Returns how many entries are left, the
- * first of which (`next`) is Python's; 0: the batch is done; -EPROTO: the ring is broken. */
-int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid)
+/* Event sends from where the batch stands; stops at the first entry that is something else. */
+static void run_sends(struct callring *c, struct evt_end **ends, uint16_t domid)
 {
-    if (c->next == c->taken) {
-        int32_t n = ring_back_take(ring_of(c), c->entries, CALLRING_BATCH);
-
-        if (n < 0)
-            return n;
-        c->taken = (uint32_t)n;
-        c->next = c->answered = c->nr_signals = 0;
-    }
     while (c->next < c->taken) {
         const struct entry *e = (const struct entry *)c->entries + c->next;
         uint16_t signal;
@@ -56,22 +47,49 @@ int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid)
 
         if (e->op != OP_EVENT_CHANNEL || e->words[0] != EVTCHN_SEND || e->words[1] > UINT32_MAX || e->words[2] | e->words[3] |
             e->words[4] | e->words[5])
-            break;
+            return;
         r = evtchn_send(ends, domid, (uint32_t)e->words[1], &signal);
         if (signal != NO_DOMAIN)
             c->signals[c->nr_signals++] = signal;
         callring_answer(c, r);
     }
-    return (int32_t)(c->taken - c->next);
 }
 
-/* 1: the guest asked to be told; 0; -EPROTO. */
-int32_t callring_publish(struct callring *c)
+static int32_t take(struct callring *c, uint32_t spins)
 {
-    uint32_t n = c->answered;
+    struct ring_back *b = ring_of(c);
+    int32_t n;
 
-    c->answered = 0;
-    return n ? ring_back_publish(ring_of(c), c->answers, n) : 0;
+    for (uint32_t s = 0; s < spins && atomic_load_explicit(&b->sh->req_prod, memory_order_acquire) == b->req_cons; s++)
+        __builtin_ia32_pause();
+    n = ring_back_take(b, c->entries, CALLRING_BATCH);
+    c->taken = n > 0 ? (uint32_t)n : 0;
+    c->next = c->answered = 0;
+    return n;
+}
+
+/* Batches of event sends, as long as they keep coming within `spins` looks, at most `max` of them. Returns how many
+ * entries of a batch are left, the first of which (`next`) is Python's; 0: none is, `taken` says whether the last look
+ * found any, `signals` who must be signalled now; -EPROTO: the ring is broken. */
+int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, uint32_t spins, uint32_t max)
+{
+    int32_t r;
+
+    for (uint32_t i = 0; i < max; i++) {
+        if (c->next == c->taken) {
+            if (c->answered && (r = ring_back_publish(ring_of(c), c->answers, c->answered)) < 0)
+                return r;
+            c->answered = 0;
+            if (c->nr_signals)
+                return 0;
+            if ((r = take(c, spins)) <= 0)
+                return r;
+        }
+        run_sends(c, ends, domid);
+        if (c->next < c->taken)
+            return (int32_t)(c->taken - c->next);
+    }
+    return 0;
 }
 
 int32_t callring_recheck(struct callring *c) { return ring_back_recheck(ring_of(c)); }

@@ -1,7 +1,6 @@
 """The hypervisor: one thread, one loop, every table. The only module that names all the others.
 
-A message on a domain's request queue becomes a typed call (dispatch), a handler's value becomes the reply. While a
-continuation of a domain runs, its queue is not read: one call at a time, as on one virtual CPU.
+It has what handlers ask of each other; what they do is in the modules of the calls, how they are called in hypercall.py.
 """
 
 from __future__ import annotations
@@ -12,21 +11,19 @@ import socket
 import time
 from typing import Any, NoReturn
 
-import msgpack
-import posix_ipc
-
-from hypervisor import console, dispatch, domctl, evtchn, grant, lifecycle, memory, sched, sysctl, version
+from hypervisor import callring, console, dispatch, domctl, evtchn, grant, hypercall, lifecycle, memory, sched, sysctl, version
 from hypervisor._hv import ffi
+from hypervisor.budget import Demand
+from hypervisor.callring import BusyRings
 from hypervisor.domain import DOM0, Domain
 from hypervisor.frames import FrameTable
-from hypervisor.gate.monitor import MonitorGone, sealed_code
+from hypervisor.gate.monitor import sealed_code
 from hypervisor.host import Host
 from hypervisor.loop import Loop, Steps, run_task
 from hypervisor.machine import MachineMemory
 from hypervisor.processes import Children
 from hypervisor.public.domctl import CreateFlags
-from hypervisor.public.errors import Invalid, NoSuchDomain, NotPermitted, XenError
-from hypervisor.public.hypercall import decode_message
+from hypervisor.public.errors import Invalid, NoSuchDomain, NotPermitted
 from hypervisor.public.layout import (
     FD_DESCRIPTORS,
     FD_REPLY,
@@ -41,7 +38,7 @@ from hypervisor.public.layout import (
     virt,
 )
 from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
-from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, MESSAGE_BYTES, VIRQ_CONSOLE
+from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, VIRQ_CONSOLE
 from hypervisor.zygote import Zygote
 
 DOM0_FRAMES = 2048
@@ -56,8 +53,10 @@ class Hypervisor:
         self.host, self.instance, self.journal = host, host.instance, host.journal
         self.landlock, self.own_uids = host.landlock, host.own_uids
         self.isolation, self.layers = host.isolation, host.layers
-        self.table = dispatch.table([console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version])
+        self.table = dispatch.table([callring, console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version])
         self.loop = Loop()
+        self.demand, self.busy_rings = Demand(), BusyRings()
+        self.loop.before_sleep = lambda: hypercall.look_at_rings(self)
         self.children = Children(self.loop)
         name = f"/{self.instance}-machine"
         self.journal(f"shm {name}")
@@ -120,64 +119,16 @@ class Hypervisor:
             self.log(f"PANIC: {why}")
             self._stopped = f"panic: {why}"
 
-    # ---- hypercalls
-
-    def serve(self, caller: Domain) -> None:
-        """One message of one domain. It is the caller's queue: that is who calls."""
-        if caller.busy or caller.queues is None:
-            return
-        try:
-            message, _ = caller.queues[0].receive()
-        except (posix_ipc.BusyError, posix_ipc.SignalError):
-            return
-        caller.hypercalls += 1
-        sequence = 0
-        try:
-            op, sequence, arguments = decode_message(message)
-            outcome = dispatch.call(self, caller, op, arguments)
-        except XenError as error:
-            self._reply(caller, [sequence, error.errno])
-            return
-        if hasattr(outcome, "send"):
-            caller.busy = True
-            self.loop.unwatch(caller.queues[0].mqd)
-            run_task(outcome, lambda value, error: self._completed(caller, sequence, value, error))
-        else:
-            self._reply(caller, [sequence, 0, *_values(outcome)])
-
-    def _completed(self, caller: Domain, sequence: int, value: Any, error: BaseException | None) -> None:
-        caller.busy = False
-        if not caller.alive or caller.queues is None:
-            return
-        if isinstance(error, MonitorGone):
-            error = NoSuchDomain("it ended meanwhile")
-        if error is not None and not isinstance(error, XenError):
-            self._bug(error)
-        assert caller.queues is not None
-        self.loop.watch(caller.queues[0].mqd, lambda: self.serve(caller))
-        self._reply(caller, [sequence, error.errno] if isinstance(error, XenError) else [sequence, 0, *_values(value)])
-
-    def _reply(self, caller: Domain, items: list[Any]) -> None:
-        """Never waits: a guest that does not read its replies loses them."""
-        if caller.queues is None or not caller.alive:
-            return
-        message = msgpack.packb(items)
-        assert len(message) <= MESSAGE_BYTES, f"reply of {len(message)} bytes"
-        try:
-            caller.queues[1].send(message)
-        except posix_ipc.BusyError:
-            caller.lost_replies += 1
-
     def start(self, steps: Steps) -> None:
         """Run a continuation of the hypervisor's own; it may not fail."""
 
         def done(_: Any, error: BaseException | None) -> None:
             if error is not None:
-                self._bug(error)
+                self.bug(error)
 
         run_task(steps, done)
 
-    def _bug(self, error: BaseException) -> NoReturn:
+    def bug(self, error: BaseException) -> NoReturn:
         self.log(f"BUG: {type(error).__name__}: {error}")
         raise error
 
@@ -228,9 +179,3 @@ class Hypervisor:
 
     def log_text(self) -> str:
         return self._log.text()
-
-
-def _values(outcome: Any) -> list[Any]:
-    if outcome is None:
-        return []
-    return list(outcome) if isinstance(outcome, tuple) else [outcome]

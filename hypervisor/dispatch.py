@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 import struct
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from operator import gt
+from types import GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import guest_access
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps
 from hypervisor.public import hypercall as abi
-from hypervisor.public.errors import Invalid, NotPermitted, TooBig, XenError
+from hypervisor.public.errors import Invalid, NotImplementedCall, NotPermitted, TooBig, XenError
 from hypervisor.public.hypercall import Hypercall
-from hypervisor.public.types import MAX_BATCH, Bits
+from hypervisor.public.types import MAX_BATCH
 from hypervisor.public.version import Multicall
 
 if TYPE_CHECKING:
@@ -57,50 +58,61 @@ def table(modules: Iterable[ModuleType]) -> Table:
 
 
 def call(hv: Hypervisor, caller: Domain, op: int, arguments: list[Any]) -> Any:
-    """Decode, authorise, run one call; returns its value or a generator that will. Raises XenError."""
-    request = abi.decode_call(op, arguments)
-    if request.PRIVILEGED and not caller.privileged:
-        raise NotPermitted(f"{type(request).__name__} is dom0's")
-    return hv.table[type(request)](hv, caller, request)
+    """Authorise, decode, run one call; returns its value or a generator that will. Raises XenError."""
+    kind, rest = abi.find_call(op, arguments)
+    if kind.PRIVILEGED and not caller.privileged:
+        raise NotPermitted(f"{kind.__name__} is dom0's")
+    return hv.table[kind](hv, caller, abi.build_call(kind, rest))
+
+
+def call_words(hv: Hypervisor, caller: Domain, op: int, words: tuple[int, ...]) -> Any:
+    """As `call`, for an entry of six words of a list or a ring: the sub-operation where there is one, the fields, zeros."""
+    if op == abi.OP_MULTICALL:
+        raise Invalid("a multicall within a list")
+    first = op in abi.WITH_CMD
+    kind = abi.ALL.get((op, words[0] if first else 0))
+    if kind is None:
+        raise NotImplementedCall(f"no hypercall {op}.{words[0]}")
+    if kind.PRIVILEGED and not caller.privileged:
+        raise NotPermitted(f"{kind.__name__} is dom0's")
+    limits = kind.LIMITS
+    if limits is None:
+        raise Invalid(f"{kind.__name__} does not fit in words")
+    end = first + len(limits)
+    arguments = words[first:end]
+    if any(map(gt, arguments, limits)):
+        raise Invalid(f"{kind.__name__}: a field is too wide")
+    if any(words[end:]):
+        raise Invalid("unused words are not 0")
+    return hv.table[kind](hv, caller, kind(*arguments))
 
 
 @hypercall(Multicall)
 def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
-    """Each entry is copied in, checked and answered by itself; only a copy that fails ends the list."""
+    """The list is copied in once and its results are written back at the end; each entry is checked by itself."""
     if request.count > MAX_BATCH:
         raise TooBig(f"{request.count} entries, at most {MAX_BATCH}")
+    raw = bytearray(guest_access.copy_in(hv, caller, request.address, request.count * ENTRY.size))
 
-    for i in range(request.count):
-        at = request.address + i * ENTRY.size
-        op, _, *words = ENTRY.unpack(guest_access.copy_in(hv, caller, at, ENTRY.size))
+    results = memoryview(raw).cast("q")  # an entry is eight words, the second is its result
+    at = 1
+    for entry in ENTRY.iter_unpack(bytes(raw)):
         try:
-            outcome = _single(hv, caller, op, words)
-            if inspect.isgenerator(outcome):
+            outcome = call_words(hv, caller, entry[0], entry[2:])
+            if type(outcome) is GeneratorType:
                 outcome = yield from outcome
-            result = _word(outcome)
+                if not caller.alive:
+                    return
+            results[at] = result_word(outcome)
         except XenError as error:
-            result = -error.errno
-        guest_access.copy_out(hv, caller, at + 8, struct.pack("<q", result))
-        if not caller.alive:
-            return
+            results[at] = -error.errno
+        at += 8
+    guest_access.copy_out(hv, caller, request.address, bytes(raw))
 
 
-def _single(hv: Hypervisor, caller: Domain, op: int, words: list[int]) -> Any:
-    if op == abi.OP_MULTICALL:
-        raise Invalid("a multicall within a multicall")
-    cmd = words[0] if op in abi.WITH_CMD else 0
-    kind = abi.ALL.get((op, cmd))
-    arguments = words[1:] if op in abi.WITH_CMD else words
-    if kind is not None:
-        if not all(isinstance(field, Bits) for field in kind.FIELDS):
-            raise Invalid(f"{kind.__name__} does not fit in words")
-        if any(arguments[len(kind.FIELDS) :]):
-            raise Invalid("unused words are not 0")
-        arguments = arguments[: len(kind.FIELDS)]
-    return call(hv, caller, op, [cmd, *arguments] if op in abi.WITH_CMD else arguments)
-
-
-def _word(outcome: Any) -> int:
+def result_word(outcome: Any) -> int:
     """A call's value as one word: its first integer, or 0."""
+    if outcome is None:
+        return 0
     first = outcome[0] if isinstance(outcome, tuple) and outcome else outcome
     return first if isinstance(first, int) else 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import posix_ipc
 
 from hypervisor._hv import ffi
+from hypervisor.budget import Budget
 from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
 from hypervisor.public.domctl import CreateFlags
@@ -83,6 +84,10 @@ class Domain:
         # hypercalls
         self.queues: tuple[posix_ipc.MessageQueue, posix_ipc.MessageQueue] | None = None
         self.busy = False  # a continuation of its runs: its queue is not read
+        self.parked = False  # it has overdrawn its budget: likewise
+        self.watched = False  # the loop watches its queue
+        self.budget = Budget()
+        self.callring: Any = None
         # events
         self.evt: Any = ffi.new("struct evt_end *")
         self.ports: dict[int, Any] = {}  # the open ones: port -> struct evt_port of `evt`
@@ -96,7 +101,7 @@ class Domain:
         self.reserved_vas: set[int] = set()
         self.next_handle = 1
         # counters
-        self.hypercalls = self.lost_replies = 0
+        self.hypercalls = self.lost_replies = self.parkings = 0
         self.cpu_ns = 0
 
     def __repr__(self) -> str:
@@ -105,6 +110,11 @@ class Domain:
     @property
     def alive(self) -> bool:
         return self.state in ("building", "paused", "running")
+
+    @property
+    def may_call(self) -> bool:
+        """Its next call may be served now: one at a time, and within its budget."""
+        return self.state == "running" and not self.busy and not self.parked
 
     def translate(self, va: int) -> tuple[int, int] | None:
         """(mfn, offset) of a guest-virtual address in the boot mapping, or None where nothing is mapped."""

@@ -147,14 +147,16 @@ def bind_ipi(hv: Hypervisor, caller: Domain, call: abi.BindIpi) -> int:
 
 @hypercall(abi.EvtchnSend)
 def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
-    if lib.evtchn_send(hv.ends, caller.domid, call.port, _signal):
+    if _send(hv.ends, caller.domid, call.port, _signal):
         raise Invalid(f"port {call.port} cannot send")
 
-    if _signal[0] != lib.NO_DOMAIN:
+    if _signal[0] != NO_DOMAIN:
         kick(hv.domains[_signal[0]])
 
 
 _signal = ffi.new("uint16_t *")  # who is to be signalled: the C kernel's second result
+NO_DOMAIN = lib.NO_DOMAIN
+_send = lib.evtchn_send
 
 
 @hypercall(abi.EvtchnClose)

@@ -46,9 +46,8 @@ struct callring {
     uint64_t answers[CALLRING_BATCH][2]; /* op, result */
 };
 int32_t callring_attach(struct callring *c, void *page);
-int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid);
+int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, uint32_t spins, uint32_t max);
 void callring_answer(struct callring *c, int64_t result);
-int32_t callring_publish(struct callring *c);
 int32_t callring_recheck(struct callring *c);
 int32_t callring_spin(struct callring **rings, uint32_t count, uint32_t spins);
 

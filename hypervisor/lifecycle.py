@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgpack
 import posix_ipc
 
-from hypervisor import evtchn, grant, zygote
+from hypervisor import evtchn, grant, hypercall, zygote
 from hypervisor._hv import ffi
 from hypervisor.domain import DOM0, Domain, Process
 from hypervisor.gate.boot import BootConfig
@@ -184,7 +184,7 @@ def launch(hv: Hypervisor, domain: Domain) -> None:
     """ "go": the guest's first instruction. Its queue is read from now on."""
     assert domain.queues is not None
     domain.state, domain.launched = "running", True
-    hv.loop.watch(domain.queues[0].mqd, lambda: hv.serve(domain))
+    hypercall.listen(hv, domain)
     domain.queues[1].send(msgpack.packb([0, 0, domain.entry]))
 
 
@@ -216,8 +216,7 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
     hv.log(f"{domain}: {domain.reason}")
     if domain.timer is not None:
         domain.timer.cancel()
-    if domain.queues is not None:
-        hv.loop.unwatch(domain.queues[0].mqd)
+    hypercall.listen(hv, domain)
     domain.blocked = None
     evtchn.close_all(hv, domain)
     _hide_from_kernels(hv, domain)

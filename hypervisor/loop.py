@@ -43,6 +43,7 @@ class Loop:
         self._timers: list[tuple[int, int, Timer]] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._order = itertools.count()
+        self.before_sleep: Callable[[], bool] = lambda: False  # True: something was done, look again instead
         self.stopped = False
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
@@ -77,6 +78,8 @@ class Loop:
         timeout = self._run_timers()
         for _ in range(min(len(self._soon), SLICE)):
             self._soon.popleft()()
+        if not self._soon and self.before_sleep():
+            timeout = 0
         for fd, _ in self._epoll.poll(0 if self._soon else timeout, 64):
             handler = self._handlers.get(fd)
             if handler is not None:

@@ -14,6 +14,7 @@
                            process_memory 1001                                          sysctl
     36  domctl             create 1, destroy 2, pause 3, unpause 4, getdomaininfo 5,
                            map_foreign 1000, unmap_foreign 1001, launch_info 1002       domctl
+    48  callring           setup 0, kick 1                                              callring
 
 ABI.md says the same with offsets; include/ring1.h is the same for C.
 """

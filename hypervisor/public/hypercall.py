@@ -14,10 +14,11 @@ name in `hypervisor`; at start the two are matched one to one.
 
 from __future__ import annotations
 
-import dataclasses
+from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 import msgpack
+import msgspec
 
 from hypervisor.public.errors import Invalid, NotImplementedCall, TooBig
 from hypervisor.public.types import MESSAGE_BYTES, Bits, Data, Text
@@ -35,30 +36,35 @@ OP_SCHED = 29
 OP_EVENT_CHANNEL = 32
 OP_SYSCTL = 35
 OP_DOMCTL = 36
+OP_CALLRING = 48
 
-WITH_CMD = frozenset(
-    {OP_MEMORY, OP_XEN_VERSION, OP_CONSOLE_IO, OP_GRANT_TABLE, OP_SCHED, OP_EVENT_CHANNEL, OP_SYSCTL, OP_DOMCTL}
-)
+WITH_CMD = frozenset((
+    OP_MEMORY, OP_XEN_VERSION, OP_CONSOLE_IO, OP_GRANT_TABLE, OP_SCHED, OP_EVENT_CHANNEL, OP_SYSCTL, OP_DOMCTL, OP_CALLRING,
+))  # fmt: skip
 ALL: dict[tuple[int, int], type[Hypercall[Any]]] = {}
 
 
 @dataclass_transform(frozen_default=True)
-class Hypercall(Generic[R]):
+class Hypercall(msgspec.Struct, Generic[R], frozen=True):
     """Base of every request. OP is Xen's number, CMD its sub-operation (0 where the call has none).
 
-    PRIVILEGED: only dom0 may call (EPERM to all others, before any argument is looked at).
+    PRIVILEGED: only dom0 may call (EPERM to all others, before any argument is looked at). FIELDS, LIMITS: the kinds of
+    the fields in order, and their greatest values where all are integers (None otherwise). A Struct and not a dataclass
+    for its constructor: 50 ns instead of 250, on a path of 700.
     """
 
     OP: ClassVar[int]
     CMD: ClassVar[int] = 0
     PRIVILEGED: ClassVar[bool] = False
     FIELDS: ClassVar[tuple[Field, ...]] = ()
+    LIMITS: ClassVar[tuple[int, ...] | None] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True)(cls)
         hints = get_type_hints(cls, include_extras=True)
-        cls.FIELDS = tuple(_field(cls, f.name, hints[f.name]) for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        cls.FIELDS = tuple(_field(cls, name, hints[name]) for name in get_annotations(cls))
+        bits = [field.bits for field in cls.FIELDS if isinstance(field, Bits)]
+        cls.LIMITS = tuple((1 << b) - 1 for b in bits) if len(bits) == len(cls.FIELDS) else None
         if (cls.OP, cls.CMD) in ALL:
             raise AssertionError(f"{cls.__name__}: number ({cls.OP}, {cls.CMD}) is taken by {ALL[cls.OP, cls.CMD].__name__}")
         ALL[cls.OP, cls.CMD] = cls
@@ -71,7 +77,7 @@ class Hypercall(Generic[R]):
     def encode(self, sequence: int) -> bytes:
         """The request message. Raises TooBig where it does not fit: such data goes by address."""
         head = [self.OP, sequence, self.CMD] if self.OP in WITH_CMD else [self.OP, sequence]
-        message: bytes = msgpack.packb([*head, *(getattr(self, f.name) for f in dataclasses.fields(self))])  # type: ignore[arg-type]
+        message: bytes = msgpack.packb([*head, *msgspec.structs.astuple(self)])
         if len(message) > MESSAGE_BYTES:
             raise TooBig(f"{type(self).__name__}: {len(message)} bytes, a message has {MESSAGE_BYTES}")
         return message
@@ -101,8 +107,8 @@ def decode_message(message: bytes) -> tuple[int, int, list[Any]]:
     return items[0], items[1], items[2:]
 
 
-def decode_call(op: int, arguments: list[Any]) -> Hypercall[Any]:
-    """The typed request. Raises NotImplementedCall for an unknown number, Invalid for wrong fields."""
+def find_call(op: int, arguments: list[Any]) -> tuple[type[Hypercall[Any]], list[Any]]:
+    """The class of a call and what is left for its fields. Raises NotImplementedCall, Invalid."""
     cmd = 0
     if op in WITH_CMD:
         if not arguments or type(arguments[0]) is not int:
@@ -111,11 +117,21 @@ def decode_call(op: int, arguments: list[Any]) -> Hypercall[Any]:
     kind = ALL.get((op, cmd))
     if kind is None:
         raise NotImplementedCall(f"no hypercall {op}.{cmd}")
+    return kind, arguments
+
+
+def build_call(kind: type[Hypercall[Any]], arguments: list[Any]) -> Hypercall[Any]:
+    """The typed request. Raises Invalid for wrong fields."""
     if len(arguments) != len(kind.FIELDS):
         raise Invalid(f"{kind.__name__} takes {len(kind.FIELDS)} arguments")
     for value, field in zip(arguments, kind.FIELDS, strict=True):
         _check(kind, value, field)
     return kind(*arguments)
+
+
+def decode_call(op: int, arguments: list[Any]) -> Hypercall[Any]:
+    """Both of these in one. Raises NotImplementedCall, Invalid."""
+    return build_call(*find_call(op, arguments))
 
 
 def _check(kind: type[Any], value: Any, field: Field) -> None:

@@ -32,7 +32,8 @@ class Multicall(Hypercall[None]):
 
     Entry: u64 op, s64 result OUT (the value, or minus the status), six u64 words: the sub-operation where the op has one,
     then the fields; unused words are 0. A failing entry does not stop the list. A nested multicall answers -EINVAL, a call
-    with text or bytes -EINVAL, and privilege is checked for each. Raises BadAddress (entries before it were run), TooBig.
+    with text or bytes -EINVAL, and privilege is checked for each. The list is read once before the first entry runs, and
+    written back after the last. Raises BadAddress (nothing was run), TooBig.
     """
 
     OP = OP_MULTICALL

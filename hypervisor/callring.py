@@ -1,0 +1,151 @@
+"""The hypercall ring, the hypervisor's end. Rules in hypervisor/public/callring.py.
+
+Event sends run in C, a batch at a time; every other entry goes through the one handler that a message reaches. The ring is
+drained by its doorbell, or, while its guest keeps it busy, by the loop that looks at it before it sleeps: a look costs a
+load, a doorbell two system calls and a wake-up.
+"""
+
+from __future__ import annotations
+
+import os
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import evtchn
+from hypervisor._hv import ffi, lib
+from hypervisor.dispatch import call_words, hypercall, result_word
+from hypervisor.domain import Domain
+from hypervisor.loop import Steps
+from hypervisor.public import callring as abi
+from hypervisor.public.errors import BadAddress, Exists, Invalid, XenError
+from hypervisor.public.evtchn import EvtchnSend
+from hypervisor.public.hypercall import OP_EVENT_CHANNEL
+from hypervisor.public.types import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+SPINS = 400  # looks round the busy rings, about 20 us: less than a sleep and a wake-up across CPUs cost
+MAX_SKIP = 256  # sleeps without a look, after looks that found nothing
+MAX_LOOKS = 64  # rings looked at together
+TURN = 64  # batches of 32 before everybody else has a turn
+
+
+class CallRing:
+    """One domain's ring; `c` is what the C kernel knows of it."""
+
+    def __init__(self, page: Any) -> None:
+        self.c: Any = ffi.new("struct callring *")
+        self.entries: Any = ffi.buffer(self.c.entries)  # our copies, not the guest's page
+        self.draining = False
+        self.missed = False  # it was owed a look that its domain could not be given
+        lib.callring_attach(self.c, page)
+
+
+class BusyRings:
+    """Rings whose guests were not told to ring: the loop owes each a look before it sleeps."""
+
+    def __init__(self) -> None:
+        self.owed: dict[Domain, None] = {}
+        self._penalty = self._skip = 0
+        self._alone = len(os.sched_getaffinity(0)) < 2  # nobody can push while we look
+        self._pointers: Any = ffi.new("struct callring *[]", MAX_LOOKS)
+
+    def stay_awake(self, domain: Domain) -> bool:
+        """True: it is owed a look, and its guest need not ring. Looks that found nothing make the next ones rarer."""
+        if self._alone or len(self.owed) >= MAX_LOOKS:
+            return False
+        if self._skip:
+            self._skip -= 1
+            return False
+        self.owed[domain] = None
+        return True
+
+    def catch_up(self, domain: Domain) -> None:
+        """It may be served again: the look that it could not be given is owed anew."""
+        if domain.callring is not None and domain.callring.missed:
+            domain.callring.missed = False
+            self.owed[domain] = None
+
+    def look(self) -> Domain | None:
+        """Spin over the rings that are owed it: whose has work. None: all were told to ring, nobody is owed anything."""
+        for domain in [domain for domain in self.owed if not domain.may_call]:
+            del self.owed[domain]
+            domain.callring.missed = True
+        ready = list(self.owed)
+        for i, domain in enumerate(ready):
+            self._pointers[i] = domain.callring.c
+        found = lib.callring_spin(self._pointers, len(ready), SPINS) if ready else -1
+        if found >= 0:
+            self._penalty = 0
+            del self.owed[ready[found]]
+            return ready[found]
+        if ready:
+            self._penalty = min(2 * self._penalty or 1, MAX_SKIP)
+            self._skip = self._penalty
+        while self.owed:
+            domain, _ = self.owed.popitem()
+            if lib.callring_recheck(domain.callring.c):
+                return domain
+        return None
+
+
+@hypercall(abi.CallringSetup)
+def setup(hv: Hypervisor, caller: Domain, call: abi.CallringSetup) -> None:
+    place = caller.translate(call.address)
+    if place is None or call.address % PAGE_SIZE:
+        raise BadAddress(f"guest address {call.address:#x}")
+    if caller.callring is not None:
+        raise Exists("a hypercall ring")
+
+    caller.callring = CallRing(hv.machine.pointer(place[0]))
+
+
+@hypercall(abi.CallringKick)
+def kick(hv: Hypervisor, caller: Domain, call: abi.CallringKick) -> Steps:
+    if caller.callring is None or caller.callring.draining:
+        raise Invalid("no hypercall ring, or asked from within it")
+
+    yield from drain(hv, caller, 0)
+
+
+def drain(hv: Hypervisor, caller: Domain, spins: int) -> Steps:
+    """Answer what is there and what comes within `spins` looks. For a doorbell that is 0: its guest waits for our reply,
+    and is owed a look afterwards."""
+    ring: CallRing = caller.callring
+    ring.draining = True
+    try:
+        while caller.alive:
+            left = lib.callring_run(ring.c, hv.ends, caller.domid, spins, TURN)
+            for i in range(ring.c.nr_signals):
+                evtchn.kick(hv.domains[ring.c.signals[i]])
+            ring.c.nr_signals = 0
+            if left > 0:
+                yield from _run_others(hv, caller, ring)
+            elif left < 0:
+                caller.fail("violated its hypercall ring: an index that cannot be")
+            elif ring.c.taken:
+                yield hv.loop.turn
+            elif (not spins and hv.busy_rings.stay_awake(caller)) or not lib.callring_recheck(ring.c):
+                return
+    finally:
+        ring.draining = False
+
+
+def _run_others(hv: Hypervisor, caller: Domain, ring: CallRing) -> Steps:
+    """The entry that C left to us, and those after it up to the next event send, through the handlers of messages."""
+    first = ring.c.next
+    for at in range(first, ring.c.taken):
+        entry = abi.ENTRY.unpack_from(ring.entries, at * abi.ENTRY_BYTES)
+        if at > first and entry[0] == OP_EVENT_CHANNEL and entry[2] == EvtchnSend.CMD:
+            return
+        try:
+            outcome = call_words(hv, caller, entry[0], entry[2:])
+            if type(outcome) is GeneratorType:
+                outcome = yield from outcome
+            result = result_word(outcome)
+        except XenError as error:
+            result = -error.errno
+        if not caller.alive:
+            return
+        lib.callring_answer(ring.c, result)

@@ -1,0 +1,160 @@
+"""Serving hypercalls: from a message on a domain's queue, or entries of its ring, to the reply.
+
+One call of a domain at a time, as on one virtual CPU: while a continuation of its runs, its queue is not read; nor while it
+has overdrawn its budget and somebody else wants the hypervisor. A guest that does not read its replies loses them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import posix_ipc
+
+from hypervisor import callring, dispatch
+from hypervisor.domain import Domain
+from hypervisor.gate.monitor import MonitorGone
+from hypervisor.loop import Steps, Wait, run_task
+from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.errors import NoSuchDomain, XenError
+from hypervisor.public.hypercall import decode_message
+from hypervisor.public.types import MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+Done = Callable[[Any, BaseException | None], None]
+
+
+def listen(hv: Hypervisor, domain: Domain) -> None:
+    """Watch its queue, or stop watching it, as its state asks."""
+    wanted = domain.launched and domain.alive and not domain.busy and not domain.parked
+    if wanted == domain.watched or domain.queues is None:
+        return
+    domain.watched = wanted
+    if wanted:
+        hv.loop.watch(domain.queues[0].mqd, lambda: serve(hv, domain))
+    else:
+        hv.loop.unwatch(domain.queues[0].mqd)
+
+
+def serve(hv: Hypervisor, caller: Domain) -> None:
+    """One message. It is the caller's queue: that is who calls."""
+    if caller.busy or caller.parked or caller.queues is None:
+        return
+    begin = time.monotonic_ns()
+    try:
+        message, _ = caller.queues[0].receive()
+    except (posix_ipc.BusyError, posix_ipc.SignalError):
+        return
+    caller.hypercalls += 1
+    sequence = 0
+    try:
+        op, sequence, arguments = decode_message(message)
+        outcome = dispatch.call(hv, caller, op, arguments)
+    except XenError as error:
+        _reply(caller, [sequence, error.errno])
+    else:
+        if type(outcome) is GeneratorType:
+            _run(hv, caller, outcome, lambda value, error: _completed(caller, sequence, value, error))
+        else:
+            _reply(caller, [sequence, 0, *_values(outcome)])
+    _charge(hv, caller, begin)
+
+
+def look_at_rings(hv: Hypervisor) -> bool:
+    """Before the loop sleeps: serve a ring that is owed a look. True: there was one, do not sleep yet."""
+    if not hv.busy_rings.owed:
+        return False
+    domain = hv.busy_rings.look()
+    if domain is None:
+        return False
+    begin = time.monotonic_ns()
+    _run(hv, domain, callring.drain(hv, domain, callring.SPINS), lambda value, error: None)
+    _charge(hv, domain, begin)
+    return True
+
+
+def _run(hv: Hypervisor, caller: Domain, steps: Steps, done: Done) -> None:
+    """Drive a continuation of `caller`'s, whose queue is not read meanwhile; its later steps are charged as they run."""
+
+    def ended(value: Any, error: BaseException | None) -> None:
+        caller.busy = False
+        if isinstance(error, MonitorGone):
+            error = NoSuchDomain("it ended meanwhile")
+        if error is not None and not isinstance(error, XenError):
+            hv.bug(error)
+        done(value, error)
+        hv.busy_rings.catch_up(caller)
+        listen(hv, caller)
+
+    caller.busy = True
+    run_task(_charged(hv, caller, steps), ended)
+    if caller.busy:
+        listen(hv, caller)
+
+
+def _charged(hv: Hypervisor, caller: Domain, steps: Steps) -> Steps:
+    """`steps`, with every step after the first on the caller's bill: the first is on its call's."""
+    value: Any = None
+    wait: Wait
+    first = True
+    while True:
+        begin = time.monotonic_ns()
+        try:
+            wait = steps.throw(value) if isinstance(value, BaseException) else steps.send(value)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            if not first:
+                _charge(hv, caller, begin)
+        first = False
+        try:
+            value = yield wait
+        except BaseException as error:
+            value = error
+
+
+def _charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
+    """To its budget; whoever has overdrawn is parked while another domain wants something."""
+    end = time.monotonic_ns()
+    hv.demand.asked(caller, end)
+    wait_ns = caller.budget.charge(begin, end)
+    if not wait_ns or caller.parked or caller.privileged or caller.flags & CreateFlags.DRIVER:
+        return
+    if hv.demand.others(caller, end):
+        caller.parked = True
+        caller.parkings += 1
+        hv.loop.at(end + wait_ns, lambda: _unpark(hv, caller))
+        listen(hv, caller)
+
+
+def _unpark(hv: Hypervisor, caller: Domain) -> None:
+    caller.parked = False
+    hv.busy_rings.catch_up(caller)
+    listen(hv, caller)
+
+
+def _completed(caller: Domain, sequence: int, value: Any, error: BaseException | None) -> None:
+    _reply(caller, [sequence, error.errno] if isinstance(error, XenError) else [sequence, 0, *_values(value)])
+
+
+def _reply(caller: Domain, items: list[Any]) -> None:
+    """Never waits."""
+    if caller.queues is None or not caller.alive:
+        return
+    message = msgpack.packb(items)
+    assert len(message) <= MESSAGE_BYTES, f"reply of {len(message)} bytes"
+    try:
+        caller.queues[1].send(message)
+    except posix_ipc.BusyError:
+        caller.lost_replies += 1
+
+
+def _values(outcome: Any) -> list[Any]:
+    if outcome is None:
+        return []
+    return list(outcome) if isinstance(outcome, tuple) else [outcome]
