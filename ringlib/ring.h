@@ -55,6 +55,34 @@ static inline char *ring_slot(struct ring_shared *sh, uint32_t index, uint32_t n
     return (char *)sh + 64 + (uint64_t)(index & (nr_ents - 1)) * slot_size;
 }
 
+/* Of n slots from `index` on, as many as one copy can serve: where records fill their slots, all up to the wrap. */
+static inline uint32_t ring_run(uint32_t index, uint32_t nr_ents, uint32_t n, int filled)
+{
+    uint32_t to_wrap = nr_ents - (index & (nr_ents - 1));
+
+    return !filled ? 1 : n < to_wrap ? n : to_wrap;
+}
+
+/* Copy n packed records of `size` bytes into the slots from `index` on. */
+static inline void ring_copy_in(struct ring_shared *sh, uint32_t index, uint32_t nr_ents, uint32_t slot_size,
+                                const void *records, uint32_t size, uint32_t n)
+{
+    for (uint32_t i = 0, k; i < n && size; i += k) {
+        k = ring_run(index + i, nr_ents, n - i, size == slot_size);
+        memcpy(ring_slot(sh, index + i, nr_ents, slot_size), (const char *)records + (uint64_t)i * size, (uint64_t)k * size);
+    }
+}
+
+/* The other way; each byte of a slot is read once. */
+static inline void ring_copy_out(struct ring_shared *sh, uint32_t index, uint32_t nr_ents, uint32_t slot_size,
+                                 void *records, uint32_t size, uint32_t n)
+{
+    for (uint32_t i = 0, k; i < n && size; i += k) {
+        k = ring_run(index + i, nr_ents, n - i, size == slot_size);
+        memcpy((char *)records + (uint64_t)i * size, ring_slot(sh, index + i, nr_ents, slot_size), (uint64_t)k * size);
+    }
+}
+
 /* Only the frontend initialises the header. */
 static inline int ring_front_init(struct ring_front *f, void *page, uint64_t bytes, uint32_t req_size, uint32_t rsp_size)
 {
@@ -107,9 +135,7 @@ static inline int32_t ring_front_publish(struct ring_front *f, const void *reque
         return -EPROTO;
     if (n > ring_front_free(f))
         return -EAGAIN;
-    for (uint32_t i = 0; i < n; i++)
-        memcpy(ring_slot(f->sh, old + i, f->nr_ents, f->slot_size), (const char *)requests + (uint64_t)i * f->req_size,
-               f->req_size);
+    ring_copy_in(f->sh, old, f->nr_ents, f->slot_size, requests, f->req_size, n);
     f->req_prod_pvt = old + n;
     return ring_push(&f->sh->req_prod, &f->sh->req_event, old, old + n);
 }
@@ -125,45 +151,42 @@ static inline int32_t ring_front_take(struct ring_front *f, void *out, uint32_t 
     }
     if (n > max)
         n = max;
-    for (uint32_t i = 0; i < n; i++)
-        memcpy((char *)out + (uint64_t)i * f->rsp_size, ring_slot(f->sh, f->rsp_cons + i, f->nr_ents, f->slot_size),
-               f->rsp_size);
+    ring_copy_out(f->sh, f->rsp_cons, f->nr_ents, f->slot_size, out, f->rsp_size, n);
     f->rsp_cons += n;
     return (int32_t)n;
 }
 
-/* RING_FINAL_CHECK: ask to be told of the next one, then look once more: without the second look an entry published
- * between our last look and the asking would wait for ever. 1: there is work; 0: sleep. */
-static inline int32_t ring_final_check(_Atomic uint32_t *prod, _Atomic uint32_t *event, uint32_t cons)
+/* RING_FINAL_CHECK: ask to be told of the `want`th from here (1: the next), then look once more: without the second look
+ * an entry published between our last look and the asking would wait for ever. 1: that many are there; 0: sleep. */
+static inline int32_t ring_final_check(_Atomic uint32_t *prod, _Atomic uint32_t *event, uint32_t cons, uint32_t want)
 {
-    if (atomic_load_explicit(prod, memory_order_acquire) != cons)
+    if ((uint32_t)(atomic_load_explicit(prod, memory_order_acquire) - cons) >= want)
         return 1;
-    atomic_store_explicit(event, cons + 1, memory_order_relaxed);
+    atomic_store_explicit(event, cons + want, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
-    return atomic_load_explicit(prod, memory_order_acquire) != cons;
+    return (uint32_t)(atomic_load_explicit(prod, memory_order_acquire) - cons) >= want;
 }
 
 static inline int32_t ring_front_recheck(struct ring_front *f)
 {
-    return f->broken ? 1 : ring_final_check(&f->sh->rsp_prod, &f->sh->rsp_event, f->rsp_cons);
+    return f->broken ? 1 : ring_final_check(&f->sh->rsp_prod, &f->sh->rsp_event, f->rsp_cons, 1);
 }
 
-/* Copies at most `max` requests out; -EPROTO when the frontend claims more than the ring can hold. */
+/* Copies at most `max` requests out; -EPROTO when the frontend claims more than the slots that are not waiting for an
+ * answer. A producer that went backwards claims that too: it is 2^32 less a few ahead. */
 static inline int32_t ring_back_take(struct ring_back *b, void *out, uint32_t max)
 {
     uint32_t prod = atomic_load_explicit(&b->sh->req_prod, memory_order_acquire), n = prod - b->req_cons;
 
 #ifndef RING_DEFECT_NO_BOUNDS
-    if (b->broken || (uint32_t)(prod - b->rsp_prod_pvt) > b->nr_ents) {
+    if (b->broken || n > b->nr_ents - (b->req_cons - b->rsp_prod_pvt)) {
         b->broken = 1;
         return -EPROTO;
     }
 #endif
     if (n > max)
         n = max;
-    for (uint32_t i = 0; i < n; i++)
-        memcpy((char *)out + (uint64_t)i * b->req_size, ring_slot(b->sh, b->req_cons + i, b->nr_ents, b->slot_size),
-               b->req_size);
+    ring_copy_out(b->sh, b->req_cons, b->nr_ents, b->slot_size, out, b->req_size, n);
     b->req_cons += n;
     return (int32_t)n;
 }
@@ -177,16 +200,14 @@ static inline int32_t ring_back_publish(struct ring_back *b, const void *respons
         return -EPROTO;
     if (n > b->req_cons - old)
         return -EAGAIN;
-    for (uint32_t i = 0; i < n; i++)
-        memcpy(ring_slot(b->sh, old + i, b->nr_ents, b->slot_size), (const char *)responses + (uint64_t)i * b->rsp_size,
-               b->rsp_size);
+    ring_copy_in(b->sh, old, b->nr_ents, b->slot_size, responses, b->rsp_size, n);
     b->rsp_prod_pvt = old + n;
     return ring_push(&b->sh->rsp_prod, &b->sh->rsp_event, old, old + n);
 }
 
 static inline int32_t ring_back_recheck(struct ring_back *b)
 {
-    return b->broken ? 1 : ring_final_check(&b->sh->req_prod, &b->sh->req_event, b->req_cons);
+    return b->broken ? 1 : ring_final_check(&b->sh->req_prod, &b->sh->req_event, b->req_cons, 1);
 }
 
 #endif
