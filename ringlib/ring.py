@@ -11,6 +11,8 @@ from typing import Any
 
 from ringlib._ring import ffi, lib
 
+Records = bytes | bytearray | memoryview  # packed, contiguous; a numpy array will do as well
+
 
 class RingError(Exception):
     """Base of what a ring can answer."""
@@ -40,6 +42,18 @@ def _checked(result: int) -> int:
     raise Broken("the peer's index cannot be")
 
 
+def _count(records: Any, size: int) -> int:
+    """Of a bytes object or a cffi view, both of which count bytes whatever the items of the original are."""
+    n, rest = divmod(len(records), size)
+    if rest:
+        raise ValueError(f"{len(records)} bytes are not records of {size}")
+    return n
+
+
+def _at_most(max_items: int | None, nr_ents: int) -> int:
+    return nr_ents if max_items is None else min(max_items, nr_ents)
+
+
 class FrontRing:
     """The end that asks. Initialises the shared header.
 
@@ -64,16 +78,14 @@ class FrontRing:
         """Requests without a response taken."""
         return lib.front_outstanding(self._state)
 
-    def publish(self, requests: bytes | memoryview) -> bool:
+    def publish(self, requests: Records) -> bool:
         """Make packed requests visible, all or none; True: notify the peer. Raises WouldBlock, Broken."""
-        n, rest = divmod(len(requests), self.request_size)
-        if rest:
-            raise ValueError(f"not a multiple of {self.request_size} bytes")
-        return _checked(lib.front_publish(self._state, ffi.from_buffer(requests), n)) == 1
+        view = ffi.from_buffer(requests)
+        return _checked(lib.front_publish(self._state, view, _count(view, self.request_size))) == 1
 
     def take(self, max_items: int | None = None) -> bytes:
         """Packed responses, at most `max_items`; b"" if there are none. Raises Broken."""
-        n = _checked(lib.front_take(self._state, self._out, min(max_items or self.nr_ents, self.nr_ents)))
+        n = _checked(lib.front_take(self._state, self._out, _at_most(max_items, self.nr_ents)))
         return bytes(ffi.buffer(self._out, n * self.response_size))
 
     def recheck(self) -> bool:
@@ -99,15 +111,13 @@ class BackRing:
 
     def take(self, max_items: int | None = None) -> bytes:
         """Packed requests, copied once. Raises Broken."""
-        n = _checked(lib.back_take(self.state, self._out, min(max_items or self.nr_ents, self.nr_ents)))
+        n = _checked(lib.back_take(self.state, self._out, _at_most(max_items, self.nr_ents)))
         return bytes(ffi.buffer(self._out, n * self.request_size))
 
-    def publish(self, responses: bytes | memoryview) -> bool:
+    def publish(self, responses: Records) -> bool:
         """Answer; True: notify the peer. Raises WouldBlock (more than were taken), Broken."""
-        n, rest = divmod(len(responses), self.response_size)
-        if rest:
-            raise ValueError(f"not a multiple of {self.response_size} bytes")
-        return _checked(lib.back_publish(self.state, ffi.from_buffer(responses), n)) == 1
+        view = ffi.from_buffer(responses)
+        return _checked(lib.back_publish(self.state, view, _count(view, self.response_size))) == 1
 
     def recheck(self) -> bool:
         """As FrontRing.recheck."""
