@@ -15,7 +15,7 @@ ffibuilder.cdef((HERE / "ringlib.h").read_text().split("/* cdef begin */")[1].sp
 ffibuilder.set_source(
     "ringlib._ring",
     '#include "ringlib.h"',
-    sources=[os.path.relpath(HERE / "ring.c", ROOT)],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in ("ring.c", "shared.c")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
 )

@@ -1,11 +1,5 @@
-/* The rings behind cffi, and the other two things that processes share: byte rings and wait words. */
-#define _GNU_SOURCE
+/* The rings behind cffi, and byte rings. */
 #include "ringlib.h"
-
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 _Static_assert(sizeof(struct ring_front) <= 64 && sizeof(struct ring_back) <= 64, "Python allots 64 bytes");
 
@@ -94,26 +88,3 @@ int32_t bytes_read(void *buffer, void *cons, void *prod, uint32_t size, void *ou
     atomic_store((_Atomic uint32_t *)cons, c + n);
     return (int32_t)n;
 }
-
-/* ---- wait words: look, spin briefly, sleep; the caller published that it sleeps and looked again before */
-
-uint32_t word_load(void *word) { return atomic_load((_Atomic uint32_t *)word); }
-void word_store(void *word, uint32_t value) { atomic_store((_Atomic uint32_t *)word, value); }
-uint32_t word_add(void *word, uint32_t value) { return atomic_fetch_add((_Atomic uint32_t *)word, value) + value; }
-
-/* Until *word != seen: 1; or timeout_ns (< 0: none) passed, or a signal came: 0. */
-int32_t word_wait(void *word, uint32_t seen, int64_t timeout_ns, uint32_t spins)
-{
-    struct timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
-
-    for (uint32_t i = 0; i < spins; i++) {
-        if (atomic_load_explicit((_Atomic uint32_t *)word, memory_order_acquire) != seen)
-            return 1;
-        __builtin_ia32_pause();
-    }
-    if (atomic_load((_Atomic uint32_t *)word) == seen)
-        syscall(SYS_futex, word, FUTEX_WAIT, seen, timeout_ns < 0 ? NULL : &ts, NULL, 0);
-    return atomic_load((_Atomic uint32_t *)word) != seen;
-}
-
-void word_wake(void *word) { syscall(SYS_futex, word, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0); }

@@ -1,4 +1,4 @@
-/* What Python sees of the C: the rings by value, byte rings, futex waits. build_ring.py hands this to cffi. */
+/* What Python sees of the C: the two ends of a ring, byte rings, SharedRing. build_ring.py hands this to cffi. */
 #ifndef RINGLIB_RINGLIB_H
 #define RINGLIB_RINGLIB_H
 
@@ -22,11 +22,15 @@ int32_t back_recheck(void *back);
 int32_t bytes_write(void *buffer, void *cons, void *prod, uint32_t size, const void *data, uint32_t n);
 int32_t bytes_read(void *buffer, void *cons, void *prod, uint32_t size, void *out, uint32_t n);
 
-uint32_t word_load(void *word);
-void word_store(void *word, uint32_t value);
-uint32_t word_add(void *word, uint32_t value);
-int32_t word_wait(void *word, uint32_t seen, int64_t timeout_ns, uint32_t spins);
-void word_wake(void *word);
+#define SHARED_STATE 128
+int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint32_t side, uint32_t request_size,
+                    uint32_t response_size);
+void shared_close(void *state, int32_t tell);
+int32_t shared_publish(void *state, const void *records, uint64_t bytes, int64_t spin_ns);
+int32_t shared_take(void *state, void *out, uint32_t max, int64_t spin_ns);
+int32_t shared_sleep(void *state, uint32_t want, int64_t ns);
+int32_t shared_pending(void *state);
+uint32_t shared_notifications(void *state);
 /* cdef end */
 
 #endif
