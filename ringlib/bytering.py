@@ -15,7 +15,8 @@ class ByteRing:
     """buffer, cons, prod: host addresses; size: bytes, a power of two."""
 
     def __init__(self, buffer: int, cons: int, prod: int, size: int) -> None:
-        assert size & (size - 1) == 0
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"{size} bytes are not a power of two")
         self._buffer, self._cons, self._prod = (ffi.cast("void *", a) for a in (buffer, cons, prod))
         self._size = size
         self._out: Any = ffi.new("char[]", size)
