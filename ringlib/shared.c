@@ -49,20 +49,20 @@ _Static_assert(sizeof(struct shared) <= SHARED_STATE, "the room that Python make
 
 /* ---- the guard */
 
-static __thread __attribute__((tls_model("initial-exec"))) struct {
+struct guard {
     sigjmp_buf out;
-    volatile uintptr_t from, to; /* to == 0: not armed */
-} guard;
+    uintptr_t from, to;
+};
+/* Of this thread, while it touches a ring. Found by a fixed offset: a signal handler may not ask the linker for it. */
+static __thread __attribute__((tls_model("initial-exec"))) struct guard *volatile armed;
 static struct sigaction before;
 
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     uintptr_t at = (uintptr_t)info->si_addr;
 
-    if (info->si_code > 0 && at >= guard.from && at < guard.to) {
-        guard.to = 0;
-        siglongjmp(guard.out, 1);
-    }
+    if (armed && info->si_code > 0 && at >= armed->from && at < armed->to)
+        siglongjmp(armed->out, 1);
     if (before.sa_flags & SA_SIGINFO)
         before.sa_sigaction(number, info, context);
     else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
@@ -91,22 +91,25 @@ struct call {
 
 static int32_t guarded(struct shared *s, int32_t (*act)(struct shared *, const struct call *), const struct call *call)
 {
+    struct guard guard;
     int32_t r;
 
     if (!s->control)
         return -EBADF;
     if (s->gone)
         return -EFAULT;
+    guard.from = (uintptr_t)s->control;
+    guard.to = guard.from + s->bytes;
     if (sigsetjmp(guard.out, 0)) {
+        armed = NULL;
         s->gone = 1;
         return -EFAULT;
     }
-    guard.from = (uintptr_t)s->control;
-    guard.to = guard.from + s->bytes;
+    armed = &guard;
     atomic_signal_fence(memory_order_seq_cst);
     r = act(s, call);
     atomic_signal_fence(memory_order_seq_cst);
-    guard.to = 0;
+    armed = NULL;
     return r;
 }
 
