@@ -20,6 +20,8 @@ from hypervisor.public.types import U16, U32
 
 
 class State(IntEnum):
+    """What a port is bound to, as EvtchnStatus answers it (EVTCHNSTAT_*; 3, a physical interrupt, does not exist here)."""
+
     CLOSED = 0
     UNBOUND = 1
     INTERDOMAIN = 2
@@ -28,6 +30,8 @@ class State(IntEnum):
 
 
 class EvtchnStatusReply(NamedTuple):
+    """One port; a field that its state has no use for is 0."""
+
     state: int
     remote_domid: int  # UNBOUND: who may bind; INTERDOMAIN: the other end
     remote_port: int  # INTERDOMAIN only

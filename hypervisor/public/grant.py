@@ -36,6 +36,8 @@ NR_RESERVED_ENTRIES = 8
 
 
 class Gtf(IntFlag):
+    """Flags of an entry. The guest sets type and READONLY; READING and WRITING are the hypervisor's, while it is mapped."""
+
     INVALID = 0
     PERMIT_ACCESS = 1
     TYPE_MASK = 3
@@ -45,11 +47,15 @@ class Gtf(IntFlag):
 
 
 class MapFlags(IntFlag):
+    """How GrantMap maps: HOST_MAP always (GNTMAP_host_map), READONLY where only that was granted or wanted."""
+
     HOST_MAP = 2
     READONLY = 4
 
 
 class GrantStatus(IntEnum):
+    """Status of one entry of a map or unmap array (GNTST_*); below 0 that entry changed nothing."""
+
     OKAY = 0
     GENERAL_ERROR = -1
     BAD_DOMAIN = -2
@@ -61,6 +67,8 @@ class GrantStatus(IntEnum):
 
 
 class QuerySizeReply(NamedTuple):
+    """Size of a grant table in frames: now, and at most."""
+
     nr_frames: int
     max_nr_frames: int
 

@@ -10,6 +10,8 @@ from hypervisor.public.types import CONSOLE_BYTES, U32, U64, Text
 
 
 class ShutdownReason(IntEnum):
+    """Why a domain ends (SHUTDOWN_*)."""
+
     POWEROFF = 0
     REBOOT = 1
     SUSPEND = 2

@@ -34,12 +34,16 @@ XVDA = 51712  # 202 << 8; xvdb is 16 on
 
 
 class BlkOp(IntEnum):
+    """Operations that are served (BLKIF_OP_*); any other number is answered EOPNOTSUPP."""
+
     READ = 0
     WRITE = 1
     FLUSH = 3
 
 
 class BlkStatus(IntEnum):
+    """Status of a response (BLKIF_RSP_*)."""
+
     OKAY = 0
     ERROR = -1
     EOPNOTSUPP = -2

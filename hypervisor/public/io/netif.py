@@ -31,6 +31,8 @@ MTU = 1500
 
 
 class NetStatus(IntEnum):
+    """Status of a transmit response (NETIF_RSP_*); a receive response has the frame's bytes instead, or ERROR."""
+
     OKAY = 0
     ERROR = -1
     DROPPED = -2

@@ -21,6 +21,8 @@ NAMES = {
 
 
 class StatsKind(IntEnum):
+    """What a row counts: its seven words are NAMES[kind]."""
+
     VBD = 1
     VIF = 2
 
