@@ -81,9 +81,9 @@ class FrameTable:
 
     def release(self, mfn: int) -> None:
         """Back to the free list; the caller has scrubbed it. Its allocation must be its only reference."""
-        assert self.total[mfn] == 1 and self.writable[mfn] == 0, f"mfn {mfn} released in use"
         domid = self.owner[mfn]
         assert domid != NO_OWNER, f"mfn {mfn} released twice"
+        assert self.total[mfn] == 1 and self.writable[mfn] == 0, f"mfn {mfn} released in use"
 
         self.owner[mfn], self.total[mfn] = NO_OWNER, 0
         self.owned[domid] -= 1
