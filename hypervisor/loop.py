@@ -75,28 +75,29 @@ class Loop:
 
     def step(self) -> None:
         """One turn: due timers, posted calls, ready descriptors."""
-        timeout = self._run_timers()
+        self._run_timers()
         for _ in range(min(len(self._soon), SLICE)):
             self._soon.popleft()()
-        if not self._soon and self.before_sleep():
-            timeout = 0
-        for fd, _ in self._epoll.poll(0 if self._soon else timeout, 64):
+        looked = not self._soon and self.before_sleep()
+        for fd, _ in self._epoll.poll(0 if looked else self._until_due(), 64):
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler()
 
-    def _run_timers(self) -> float:
+    def _run_timers(self) -> None:
         now = time.monotonic_ns()
-        while self._timers:
-            deadline, _, timer = self._timers[0]
-            if timer.call is None:
-                heapq.heappop(self._timers)
-            elif deadline <= now:
-                heapq.heappop(self._timers)
-                timer.call()
-            else:
-                return (deadline - now + 999) / 1e9
-        return -1
+        while self._timers and (self._timers[0][2].call is None or self._timers[0][0] <= now):
+            call = heapq.heappop(self._timers)[2].call
+            if call is not None:
+                call()
+
+    def _until_due(self) -> float:
+        """Seconds that may be slept, -1 without end. Asked last before sleeping: a posted call may have set a timer."""
+        if self._soon:
+            return 0
+        while self._timers and self._timers[0][2].call is None:
+            heapq.heappop(self._timers)
+        return max(0, self._timers[0][0] - time.monotonic_ns() + 999) / 1e9 if self._timers else -1
 
 
 def run_task(steps: Steps, done: Callable[[Any, BaseException | None], None]) -> None:
