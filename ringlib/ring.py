@@ -61,36 +61,36 @@ class FrontRing:
     """
 
     def __init__(self, address: int, size: int, request_size: int, response_size: int, start: int = 0) -> None:
-        self._state: Any = ffi.new("char[64]")
-        if lib.front_init(self._state, ffi.cast("void *", address), size, request_size, response_size, start):
+        self.state: Any = ffi.new("char[64]")
+        if lib.front_init(self.state, ffi.cast("void *", address), size, request_size, response_size, start):
             raise ValueError(f"no entry of {max(request_size, response_size)} bytes fits {size}")
         self.request_size, self.response_size = request_size, response_size
-        self.nr_ents: int = lib.front_entries(self._state)
+        self.nr_ents: int = lib.front_entries(self.state)
         self._out: Any = ffi.new("char[]", self.nr_ents * response_size)
 
     @property
     def free(self) -> int:
         """Requests that fit now."""
-        return lib.front_free(self._state)
+        return lib.front_free(self.state)
 
     @property
     def pending(self) -> int:
         """Requests without a response taken."""
-        return lib.front_outstanding(self._state)
+        return lib.front_outstanding(self.state)
 
     def publish(self, requests: Records) -> bool:
         """Make packed requests visible, all or none; True: notify the peer. Raises WouldBlock, Broken."""
         view = ffi.from_buffer(requests)
-        return _checked(lib.front_publish(self._state, view, _count(view, self.request_size))) == 1
+        return _checked(lib.front_publish(self.state, view, _count(view, self.request_size))) == 1
 
     def take(self, max_items: int | None = None) -> bytes:
         """Packed responses, at most `max_items`; b"" if there are none. Raises Broken."""
-        n = _checked(lib.front_take(self._state, self._out, _at_most(max_items, self.nr_ents)))
+        n = _checked(lib.front_take(self.state, self._out, _at_most(max_items, self.nr_ents)))
         return bytes(ffi.buffer(self._out, n * self.response_size))
 
     def recheck(self) -> bool:
         """Before sleeping: ask to be told, look again. True: there is work, do not sleep."""
-        return lib.front_recheck(self._state) != 0
+        return lib.front_recheck(self.state) != 0
 
 
 class BackRing:
