@@ -5,8 +5,9 @@
     one byte over the socket ------------------>  run them
     shadow updated, references dropped  <-------  4 + errno bytes: how many were not tried
 
-Nothing here blocks: `batch` is a Wait, `map` and `unmap` are steps of a continuation. One batch is in flight per address
-space, others queue in order. A monitor that is dead or silent for ACK_SECONDS ends its domain (`on_failure`); its death is
+Nothing here blocks: `batch` is a Wait, `map` and `unmap` are steps of a continuation. Batches run in the order they were
+asked for, one at a time per address space, and one of any length runs as a whole: an unmap that was asked for after a map
+finds all of its pages there. A monitor that is dead or silent for ACK_SECONDS ends its domain (`on_failure`); its death is
 the acknowledgement, so callers then see MonitorGone and leave their references to the teardown.
 """
 
@@ -20,6 +21,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from hypervisor.gate import policy
 from hypervisor.gate._gate import ffi, lib
@@ -33,7 +35,7 @@ SYS_MMAP, SYS_MPROTECT, SYS_PRCTL, SYS_SECCOMP, SYS_CLOSE_RANGE = 9, 10, 157, 31
 F_ADD_SEALS, SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 1033, 1, 2, 4, 8, 16
 
 FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS = 3, 4, 5, 6, 7  # a monitor's descriptors, in every space
-MAX_COMMANDS = 64
+MAX_COMMANDS = 64  # sent at a time
 COMMAND = struct.Struct("<7Q")
 TABLE, BLOB = PAGE_SIZE, 2 * PAGE_SIZE
 ACK_SECONDS = 2.0
@@ -84,6 +86,16 @@ def runs(pages: Iterable[Page]) -> list[tuple[int, int, int, int]]:
     return out
 
 
+@dataclass
+class _Batch:
+    """Commands that run as a whole, MAX_COMMANDS at a time; `done` of them hold, `sent` are being run."""
+
+    commands: list[Command]
+    resume: Resume
+    done: int = 0
+    sent: int = 0
+
+
 class Monitor:
     """One address space as the hypervisor sees it: what is mapped where (`shadow`), and the way to change it."""
 
@@ -97,8 +109,8 @@ class Monitor:
         self._page = mmap.mmap(self.command_fd, COMMAND_PAGES * PAGE_SIZE)
         fcntl.fcntl(self.command_fd, F_ADD_SEALS, SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE)  # only this map can write
         struct.pack_into(f"<{MAX_COMMANDS + 1}I", self._page, TABLE, *range(MAX_COMMANDS + 1))
-        self._queue: deque[tuple[list[Command], Resume]] = deque()
-        self._in_flight: tuple[list[Command], Resume] | None = None
+        self._queue: deque[_Batch] = deque()
+        self._in_flight: _Batch | None = None
         self._deadline: Timer | None = None
         self.gone = False
         self.on_gone: Callable[[], None] | None = None  # who waits for the child's first message
@@ -117,24 +129,28 @@ class Monitor:
     # ---- batches
 
     def batch(self, commands: list[Command]) -> Wait:
-        """Run at most MAX_COMMANDS; resumed with None, a MonitorError or MonitorGone."""
-        assert 0 < len(commands) <= MAX_COMMANDS
+        """Run them all, up to the first that fails; resumed with None, a MonitorError or MonitorGone."""
+        assert commands
 
         def wait(resume: Resume) -> None:
             if self.gone:
                 self._loop.soon(lambda: resume(MonitorGone()))
                 return
-            self._queue.append((commands, resume))
+            self._queue.append(_Batch(commands, resume))
             self._start()
 
         return wait
 
     def _start(self) -> None:
-        if self._in_flight is not None or not self._queue:
-            return
-        self._in_flight = commands, _ = self._queue.popleft()
-        struct.pack_into("<I", self._page, 0, len(commands))
-        for i, command in enumerate(commands):
+        if self._in_flight is None and self._queue:
+            self._in_flight = self._queue.popleft()
+            self._send(self._in_flight)
+
+    def _send(self, batch: _Batch) -> None:
+        part = batch.commands[batch.done : batch.done + MAX_COMMANDS]
+        batch.sent = len(part)
+        struct.pack_into("<I", self._page, 0, len(part))
+        for i, command in enumerate(part):
             words = [word & U64_MASK for word in command] + [0] * (7 - len(command))
             COMMAND.pack_into(self._page, 64 + 56 * i, *words)
         self._deadline = self._loop.at(
@@ -155,13 +171,17 @@ class Monitor:
         if not ack or self._in_flight is None:
             self._on_failure("monitor died" if not ack else "monitor spoke out of turn")
             return
-        commands, resume = self._in_flight
-        self._in_flight = None
+        batch = self._in_flight
         assert self._deadline is not None
         self._deadline.cancel()
         error, left = len(ack) - 4, int.from_bytes(ack[:4], "little")
+        batch.done += batch.sent - left - bool(error)
+        if not error and batch.done < len(batch.commands):
+            self._send(batch)
+            return
+        self._in_flight = None
         self._start()
-        resume(MonitorError(len(commands) - left - 1, error) if error else None)
+        batch.resume(MonitorError(batch.done, error) if error else None)
 
     def fail_all(self) -> None:
         """The address space ends: nobody waits for it any more. Idempotent."""
@@ -174,40 +194,48 @@ class Monitor:
         waiting += self._queue
         self._in_flight = None
         self._queue.clear()
-        for _, resume in waiting:
-            self._loop.soon(lambda resume=resume: resume(MonitorGone()))  # type: ignore[misc]
+        for batch in waiting:
+            self._loop.soon(lambda batch=batch: batch.resume(MonitorGone()))  # type: ignore[misc]
 
     # ---- mappings
 
     def map(self, pages: list[Page]) -> Steps:
-        """Map frames; the shadow follows what each batch did. Raises MonitorError, MonitorGone."""
+        """Map frames; the shadow follows what was done, to the page. Raises MonitorError, MonitorGone."""
         todo = runs(pages)
-        for at in range(0, len(todo), MAX_COMMANDS):
-            part = todo[at : at + MAX_COMMANDS]
-            done = len(part)
-            try:
-                yield self.batch([
-                    (SYS_MMAP, KERNEL_WINDOW + va, n * PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED,
-                     FD_MACHINE_RW if prot & PROT_WRITE else FD_MACHINE_RO, mfn * PAGE_SIZE)
-                    for va, mfn, n, prot in part
-                ])  # fmt: skip
-            except MonitorError as error:
-                done = error.done
-                raise
-            finally:
-                for va, mfn, n, prot in part[:done]:
-                    for i in range(n):
-                        self.shadow[va + i * PAGE_SIZE] = (mfn + i, prot)
+        if not todo:
+            return
+        try:
+            yield self.batch([
+                (SYS_MMAP, KERNEL_WINDOW + va, n * PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED,
+                 FD_MACHINE_RW if prot & PROT_WRITE else FD_MACHINE_RO, mfn * PAGE_SIZE)
+                for va, mfn, n, prot in todo
+            ])  # fmt: skip
+        except MonitorError as error:
+            self._mapped(todo[: error.done])
+            raise
+        self._mapped(todo)
+
+    def _mapped(self, done: list[tuple[int, int, int, int]]) -> None:
+        for va, mfn, n, prot in done:
+            for i in range(n):
+                self.shadow[va + i * PAGE_SIZE] = (mfn + i, prot)
 
     def unmap(self, addresses: list[int], zero: bool = False) -> Steps:
         """Take pages away, or put a private zero page in their place; the shadow forgets them after the acknowledgement."""
+        if not addresses:
+            return
         prot = PROT_READ | PROT_WRITE if zero else PROT_NONE
         flags = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE
-        for at in range(0, len(addresses), MAX_COMMANDS):
-            part = addresses[at : at + MAX_COMMANDS]
-            yield self.batch([(SYS_MMAP, KERNEL_WINDOW + va, PAGE_SIZE, prot, flags, U64_MASK, 0) for va in part])
-            for va in part:
-                self.shadow.pop(va, None)
+        try:
+            yield self.batch([(SYS_MMAP, KERNEL_WINDOW + va, PAGE_SIZE, prot, flags, U64_MASK, 0) for va in addresses])
+        except MonitorError as error:
+            self._unmapped(addresses[: error.done])
+            raise
+        self._unmapped(addresses)
+
+    def _unmapped(self, done: list[int]) -> None:
+        for va in done:
+            self.shadow.pop(va, None)
 
     def barrier(self) -> Wait:
         """A Wait for everything queued before it: a command that changes nothing (mprotect of no bytes)."""
