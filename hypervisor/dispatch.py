@@ -59,10 +59,10 @@ def table(modules: Iterable[ModuleType]) -> Table:
 
 def call(hv: Hypervisor, caller: Domain, op: int, arguments: list[Any]) -> Any:
     """Authorise, decode, run one call; returns its value or a generator that will. Raises XenError."""
-    kind, rest = abi.find_call(op, arguments)
+    kind, rest = abi.kind_of(op, arguments)
     if kind.PRIVILEGED and not caller.privileged:
         raise NotPermitted(f"{kind.__name__} is dom0's")
-    return hv.table[kind](hv, caller, abi.build_call(kind, rest))
+    return hv.table[kind](hv, caller, abi.decode_fields(kind, rest))
 
 
 def call_words(hv: Hypervisor, caller: Domain, op: int, words: tuple[int, ...]) -> Any:

@@ -107,7 +107,7 @@ def decode_message(message: bytes) -> tuple[int, int, list[Any]]:
     return items[0], items[1], items[2:]
 
 
-def find_call(op: int, arguments: list[Any]) -> tuple[type[Hypercall[Any]], list[Any]]:
+def kind_of(op: int, arguments: list[Any]) -> tuple[type[Hypercall[Any]], list[Any]]:
     """The class of a call and what is left for its fields. Raises NotImplementedCall, Invalid."""
     cmd = 0
     if op in WITH_CMD:
@@ -120,7 +120,7 @@ def find_call(op: int, arguments: list[Any]) -> tuple[type[Hypercall[Any]], list
     return kind, arguments
 
 
-def build_call(kind: type[Hypercall[Any]], arguments: list[Any]) -> Hypercall[Any]:
+def decode_fields(kind: type[Hypercall[Any]], arguments: list[Any]) -> Hypercall[Any]:
     """The typed request. Raises Invalid for wrong fields."""
     if len(arguments) != len(kind.FIELDS):
         raise Invalid(f"{kind.__name__} takes {len(kind.FIELDS)} arguments")
@@ -131,7 +131,7 @@ def build_call(kind: type[Hypercall[Any]], arguments: list[Any]) -> Hypercall[An
 
 def decode_call(op: int, arguments: list[Any]) -> Hypercall[Any]:
     """Both of these in one. Raises NotImplementedCall, Invalid."""
-    return build_call(*find_call(op, arguments))
+    return decode_fields(*kind_of(op, arguments))
 
 
 def _check(kind: type[Any], value: Any, field: Field) -> None:
