@@ -112,7 +112,7 @@ def alloc_unbound(hv: Hypervisor, caller: Domain, call: abi.AllocUnbound) -> int
 
 @hypercall(abi.BindInterdomain)
 def bind_interdomain(hv: Hypervisor, caller: Domain, call: abi.BindInterdomain) -> int:
-    remote = hv.lookup(call.remote_domid)
+    remote = caller if call.remote_domid == DOMID_SELF else hv.lookup(call.remote_domid)
     other = _channel(remote, call.remote_port)
     if other.state != State.UNBOUND or other.remote_domid != caller.domid:
         raise Invalid(f"port {call.remote_port} of domain {remote.domid} does not wait for domain {caller.domid}")

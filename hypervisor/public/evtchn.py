@@ -39,7 +39,7 @@ class EvtchnStatusReply(NamedTuple):
 
 
 class BindInterdomain(Hypercall[int]):
-    """Join a new local port to `remote_port` of `remote_domid`, which must be UNBOUND and name the caller.
+    """Join a new local port to `remote_port` of `remote_domid` (or SELF), which must be UNBOUND and name the caller.
 
     Any domain. Returns the local port, which is set pending once: early events may have been lost.
     Raises NoSuchDomain, Invalid (port not unbound for us), NoSpace.
