@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 MAX_FRAMES = 48_000 * 64  # 48,000 host mappings of the longest run
+REASON_BYTES = 100  # of a DomainInfo, which is one message; a guest chooses the words
 
 
 @hypercall(abi.CreateDomain)
@@ -121,13 +122,17 @@ def get_info(hv: Hypervisor, caller: Domain, call: abi.GetDomainInfo) -> tuple[o
 
 
 def info(hv: Hypervisor, d: Domain) -> abi.DomainInfo:
-    """A snapshot; the reason is cut so that it fits a message."""
+    """A snapshot."""
     return abi.DomainInfo(
-        d.domid, d.name, d.state, d.reason[:100], d.exit_code, d.process.pid if d.process else 0,
+        d.domid, d.name, d.state, _cut(d.reason), d.exit_code, d.process.pid if d.process else 0,
         d.monitor_process.pid if d.monitor_process else 0, len(d.p2m), d.max_frames,
         len({m.mfn for group in d.active.values() for m in group}), hv.cpu_ns(d), d.hypercalls, d.evt.sent,
         d.evt.delivered, d.evt.elided, int(d.flags),
     )  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:REASON_BYTES].decode(errors="ignore")
 
 
 # ---- building

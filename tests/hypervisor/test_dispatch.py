@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from hypervisor import dispatch, evtchn
+from hypervisor import dispatch, domctl, evtchn, lifecycle
 from hypervisor.dispatch import ENTRY
-from hypervisor.domain import Domain
+from hypervisor.domain import Domain, Process
 from hypervisor.gate.monitor import MonitorGone
 from hypervisor.public import hypercall as abi
 from hypervisor.public.console import ConsoleWrite
-from hypervisor.public.domctl import CreateDomain, DestroyDomain
+from hypervisor.public.domctl import CreateDomain, CreateFlags, DestroyDomain, GetDomainInfo
 from hypervisor.public.errors import BadAddress, Invalid, NotImplementedCall, NotPermitted, TooBig, XenError
 from hypervisor.public.evtchn import AllocUnbound, BindIpi, EvtchnSend, EvtchnStatus
 from hypervisor.public.grant import GrantMap, GrantQuerySize
 from hypervisor.public.hypercall import ALL, WITH_CMD, Hypercall, decode_message
 from hypervisor.public.layout import GRANT_BASE, virt
 from hypervisor.public.sched import SchedBlock, SchedShutdown, SchedYield, SetTimer
-from hypervisor.public.types import DOMID_SELF, MAX_BATCH, Bits, Data
+from hypervisor.public.types import CONSOLE_BYTES, DOMID_SELF, MAX_BATCH, MESSAGE_BYTES, NAME_BYTES, Bits, Data
 from hypervisor.public.version import Multicall, XenExtraVersion, XenPageSize, XenVersion
 from tests.conftest import NIGHTLY
 from tests.models.stand_in import MODULES, SCRATCH, StandIn
@@ -213,6 +213,31 @@ def test_a_multicall_whose_caller_ends_ends(hv: StandIn) -> None:
     hv.spaces[1].die()
     hv.settle()
     assert out == [None, None] and results(hv, domain, 2) == [0, 4096] and 1 not in hv.domains
+
+
+# ---- replies
+
+
+def check_the_longest_reply_fits(hv: StandIn) -> None:
+    """A guest chooses much of what dom0 is told of it, the last words of its shutdown above all."""
+    domain = Domain(0x7FEF, "n" * NAME_BYTES, CreateFlags(15))
+    hv.domains[domain.domid] = domain
+    lifecycle.end(hv, domain, "crash: " + "\u20ac" * (CONSOLE_BYTES // 3))
+    domain.process = domain.monitor_process = Process(1 << 22, -1, ended=True, cpu_ns=1 << 62)
+    domain.exit_code, domain.max_frames = 255, 1 << 31
+    domain.hypercalls = domain.events_sent = domain.events_delivered = domain.events_elided = 1 << 63
+    reply = abi.msgpack.packb([0xFFFFFFFF, 0, *hv.done(hv.domains[0], GetDomainInfo(domain.domid))])
+    assert len(reply) <= MESSAGE_BYTES, f"a reply of {len(reply)} bytes"
+
+
+def test_the_longest_reply_fits_a_message(hv: StandIn) -> None:
+    check_the_longest_reply_fits(hv)
+
+
+def test_a_reason_cut_by_characters_is_found(hv: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domctl, "_cut", lambda text: text[: domctl.REASON_BYTES])
+    with pytest.raises(AssertionError, match="a reply of"):
+        check_the_longest_reply_fits(hv)
 
 
 # ---- no bytes of a guest get anything but a status
