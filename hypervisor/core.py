@@ -41,6 +41,7 @@ from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartIn
 from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, VIRQ_CONSOLE
 from hypervisor.zygote import Zygote
 
+MODULES = [callring, console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version]  # who serves calls
 DOM0_FRAMES = 2048
 UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
 
@@ -53,10 +54,9 @@ class Hypervisor:
         self.host, self.instance, self.journal = host, host.instance, host.journal
         self.landlock, self.own_uids = host.landlock, host.own_uids
         self.isolation, self.layers = host.isolation, host.layers
-        self.table = dispatch.table([callring, console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version])
         self.loop = Loop()
-        self.demand, self.busy_rings = Demand(), BusyRings()
         self.loop.before_sleep = lambda: hypercall.look_at_rings(self)
+        self.make_tables()
         self.children = Children(self.loop)
         name = f"/{self.instance}-machine"
         self.journal(f"shm {name}")
@@ -64,13 +64,18 @@ class Hypervisor:
         self.frames = FrameTable(nr_frames)
         self.code_fd = sealed_code()
         self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.descriptors.setblocking(False)
+        self.zygote = Zygote(self.loop, self.children.adopt, self.log, self.panic)
+
+    def make_tables(self) -> None:
+        """Of calls and of domains, all empty."""
+        self.table = dispatch.table(MODULES)
+        self.demand, self.busy_rings = Demand(), BusyRings()
         self.domains: dict[int, Domain] = {}
         self.ends: Any = ffi.new("struct evt_end *[]", DOMID_FIRST_RESERVED)  # by domid, as the C kernels see domains
         self.gnts: Any = ffi.new("struct gnt_domain *[]", DOMID_FIRST_RESERVED)
         self.next_domid = 1
-        self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.descriptors.setblocking(False)
-        self.zygote = Zygote(self.loop, self.children.adopt, self.log, self.panic)
 
     # ---- dom0 and the run
 

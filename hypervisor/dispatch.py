@@ -60,9 +60,14 @@ def table(modules: Iterable[ModuleType]) -> Table:
 def call(hv: Hypervisor, caller: Domain, op: int, arguments: list[Any]) -> Any:
     """Authorise, decode, run one call; returns its value or a generator that will. Raises XenError."""
     kind, rest = abi.kind_of(op, arguments)
+    _authorise(caller, kind)
+    return hv.table[kind](hv, caller, abi.decode_fields(kind, rest))
+
+
+def _authorise(caller: Domain, kind: type[Hypercall[Any]]) -> None:
+    """Before any argument is looked at."""
     if kind.PRIVILEGED and not caller.privileged:
         raise NotPermitted(f"{kind.__name__} is dom0's")
-    return hv.table[kind](hv, caller, abi.decode_fields(kind, rest))
 
 
 def call_words(hv: Hypervisor, caller: Domain, op: int, words: tuple[int, ...]) -> Any:
@@ -73,8 +78,7 @@ def call_words(hv: Hypervisor, caller: Domain, op: int, words: tuple[int, ...]) 
     kind = abi.ALL.get((op, words[0] if first else 0))
     if kind is None:
         raise NotImplementedCall(f"no hypercall {op}.{words[0]}")
-    if kind.PRIVILEGED and not caller.privileged:
-        raise NotPermitted(f"{kind.__name__} is dom0's")
+    _authorise(caller, kind)
     limits = kind.LIMITS
     if limits is None:
         raise Invalid(f"{kind.__name__} does not fit in words")

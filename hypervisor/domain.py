@@ -112,6 +112,11 @@ class Domain:
         return self.state in ("building", "paused", "running")
 
     @property
+    def shared_info(self) -> Any:
+        """char * to its shared_info page; a null pointer where it has none."""
+        return ffi.cast("char *", self.evt.shared_info)
+
+    @property
     def may_call(self) -> bool:
         """Its next call may be served now: one at a time, and within its budget."""
         return self.state == "running" and not self.busy and not self.parked

@@ -147,7 +147,7 @@ def bind_ipi(hv: Hypervisor, caller: Domain, call: abi.BindIpi) -> int:
 
 @hypercall(abi.EvtchnSend)
 def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
-    if _send(hv.ends, caller.domid, call.port, _signal):
+    if lib.evtchn_send(hv.ends, caller.domid, call.port, _signal):
         raise Invalid(f"port {call.port} cannot send")
 
     if _signal[0] != NO_DOMAIN:
@@ -156,7 +156,6 @@ def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
 
 _signal = ffi.new("uint16_t *")  # who is to be signalled: the C kernel's second result
 NO_DOMAIN = lib.NO_DOMAIN
-_send = lib.evtchn_send
 
 
 @hypercall(abi.EvtchnClose)

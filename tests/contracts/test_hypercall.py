@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -81,7 +80,7 @@ def test_what_does_not_fit_is_refused_before_it_is_sent() -> None:
 
 def test_requests_are_frozen_and_numbered_as_xen_has_them() -> None:
     request = evtchn.EvtchnSend(3)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         request.port = 4
     assert {(kind.OP, kind.CMD) for kind in REQUESTS} == set(ALL)
     xen = {"MapForeign", "UnmapForeign", "LaunchInfo", "Ledger", "ProcessMemory"}

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 from hypervisor import dispatch, domctl, evtchn, lifecycle
+from hypervisor.core import MODULES
 from hypervisor.dispatch import ENTRY
 from hypervisor.domain import Domain, Process
 from hypervisor.gate.monitor import MonitorGone
@@ -26,7 +28,7 @@ from hypervisor.public.sched import SchedBlock, SchedShutdown, SchedYield, SetTi
 from hypervisor.public.types import CONSOLE_BYTES, DOMID_SELF, MAX_BATCH, MESSAGE_BYTES, NAME_BYTES, Bits, Data
 from hypervisor.public.version import Multicall, XenExtraVersion, XenPageSize, XenVersion
 from tests.conftest import NIGHTLY
-from tests.models.stand_in import MODULES, SCRATCH, StandIn
+from tests.models.stand_in import SCRATCH, StandIn
 
 FUZZ = 500_000 if NIGHTLY else 50_000
 
@@ -40,7 +42,7 @@ def hv() -> Iterator[StandIn]:
 
 def words(request: Hypercall[Any]) -> bytes:
     """A multicall entry; only for requests of integers."""
-    fields = list(vars(request).values())
+    fields = list(msgspec.structs.astuple(request))
     if request.OP in WITH_CMD:
         fields.insert(0, request.CMD)
     return ENTRY.pack(request.OP, -12345, *fields, *[0] * (6 - len(fields)))

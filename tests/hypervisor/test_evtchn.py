@@ -10,8 +10,8 @@ import pytest
 
 from domain import _guest
 from hypervisor import evtchn
+from hypervisor._hv import ffi, lib
 from hypervisor.domain import Domain
-from hypervisor.gate._gate import ffi, lib
 from hypervisor.public.errors import Exists, Invalid, NoSpace, NoSuchDomain, NotPermitted
 from hypervisor.public.evtchn import (
     AllocUnbound,
@@ -232,42 +232,42 @@ def test_reset_closes_everything_of_the_caller(hv: StandIn) -> None:
 
 def test_only_the_edge_signals(hv: StandIn) -> None:
     port, other = connect(hv, 1, 2)
-    domain, signals = hv.domains[2], hv.domains[2].events_delivered
+    domain, signals = hv.domains[2], hv.domains[2].evt.delivered
     for _ in range(100):
         hv.done(hv.domains[1], EvtchnSend(port))
-    assert domain.events_delivered == signals + 1 and domain.events_elided == 99
+    assert domain.evt.delivered == signals + 1 and domain.evt.elided == 99
     assert drain(domain) == [other] and drain(domain) == []
     hv.done(hv.domains[1], EvtchnSend(port))
-    assert domain.events_delivered == signals + 2
+    assert domain.evt.delivered == signals + 2
 
 
 def test_a_second_port_rides_on_the_first_ones_signal(hv: StandIn) -> None:
     pairs = [connect(hv, 1, 2) for _ in range(70)]  # two words of the bitmap
-    signals = hv.domains[2].events_delivered
+    signals = hv.domains[2].evt.delivered
     for port, _ in pairs:
         hv.done(hv.domains[1], EvtchnSend(port))
-    assert hv.domains[2].events_delivered == signals + 1
+    assert hv.domains[2].evt.delivered == signals + 1
     assert drain(hv.domains[2]) == [other for _, other in pairs]
 
 
 def test_a_masked_port_is_pending_and_silent_until_unmasked(hv: StandIn) -> None:
     port, other = connect(hv, 1, 2)
-    domain, signals = hv.domains[2], hv.domains[2].events_delivered
+    domain, signals = hv.domains[2], hv.domains[2].evt.delivered
     mask(domain, other)
     hv.done(hv.domains[1], EvtchnSend(port))
-    assert domain.events_delivered == signals and drain(domain) == [] and pending(domain) == {other}
+    assert domain.evt.delivered == signals and drain(domain) == [] and pending(domain) == {other}
     hv.done(domain, EvtchnUnmask(other))
-    assert domain.events_delivered == signals + 1 and drain(domain) == [other]
+    assert domain.evt.delivered == signals + 1 and drain(domain) == [other]
     hv.done(domain, EvtchnUnmask(other))
-    assert domain.events_delivered == signals + 1
+    assert domain.evt.delivered == signals + 1
 
 
 def test_with_upcalls_masked_no_signal_comes_and_unmasking_looks_once_more(hv: StandIn) -> None:
     port, other = connect(hv, 1, 2)
-    domain, signals = hv.domains[2], hv.domains[2].events_delivered
+    domain, signals = hv.domains[2], hv.domains[2].evt.delivered
     _guest.lib.upcall_mask(domain.shared_info)
     hv.done(hv.domains[1], EvtchnSend(port))
-    assert domain.events_delivered == signals
+    assert domain.evt.delivered == signals
     assert _guest.lib.upcall_unmask(domain.shared_info) == 1 and drain(domain) == [other]
     _guest.lib.upcall_mask(domain.shared_info)
     assert _guest.lib.upcall_unmask(domain.shared_info) == 0
@@ -308,32 +308,43 @@ def test_a_long_run_agrees_with_the_model(hv: StandIn) -> None:
 
 
 class Broken:
-    """shared.c with one function replaced."""
+    """evtchn.c with one function replaced."""
 
     def __init__(self, **replaced: Callable[..., Any]) -> None:
         self.__dict__.update({name: getattr(lib, name) for name in dir(lib)} | replaced)
 
 
-def signals_every_event(page: Any, port: int) -> int:
-    return lib.evtchn_set_pending(page, port) | 1
+def receiver(ends: Any, domid: int, port: int) -> tuple[Any, int]:
+    """The end, and its port, that an event of `domid`'s would reach."""
+    channel = ends[domid].ports[port]
+    return (ends[channel.remote_domid], channel.remote_port) if channel.state == State.INTERDOMAIN else (ends[domid], port)
 
 
-def ignores_the_mask(page: Any, port: int) -> int:
-    lib.evtchn_unmask(page, port)
-    return lib.evtchn_set_pending(page, port)
+def signals_every_event(ends: Any, domid: int, port: int, signal: Any) -> int:
+    result = lib.evtchn_send(ends, domid, port, signal)
+    if result == 0 and signal[0] == lib.NO_DOMAIN:
+        receiver(ends, domid, port)[0].delivered += 1
+    return result
 
 
-def forgets_the_selector(page: Any, port: int) -> int:
+def ignores_the_mask(ends: Any, domid: int, port: int, signal: Any) -> int:
+    if port and ends[domid].ports[port].state in (State.INTERDOMAIN, State.IPI):
+        lib.evtchn_unmask(*receiver(ends, domid, port))
+    return lib.evtchn_send(ends, domid, port, signal)
+
+
+def forgets_the_selector(ends: Any, domid: int, port: int, signal: Any) -> int:
+    page = ffi.cast("char *", receiver(ends, domid, port)[0].shared_info)
     selector = page[SHARED_PENDING_SEL : SHARED_PENDING_SEL + 8]
     before = bytes(ffi.buffer(selector))
-    edge = lib.evtchn_set_pending(page, port)
+    result = lib.evtchn_send(ends, domid, port, signal)
     ffi.buffer(selector)[:] = before
-    return edge
+    return result
 
 
 def forgets_the_other_end(hv: StandIn, domain: Domain, port: int) -> None:
     del domain.ports[port]
-    lib.evtchn_clear(domain.shared_info, port)
+    lib.evtchn_clear(domain.evt, port)
 
 
 def binds_for_anybody(hv: StandIn, caller: Domain, call: BindInterdomain) -> int:
@@ -344,9 +355,9 @@ def binds_for_anybody(hv: StandIn, caller: Domain, call: BindInterdomain) -> int
 @pytest.mark.parametrize(
     ("name", "replaced"),
     [
-        ("evtchn_set_pending", signals_every_event),
-        ("evtchn_set_pending", ignores_the_mask),
-        ("evtchn_set_pending", forgets_the_selector),
+        ("evtchn_send", signals_every_event),
+        ("evtchn_send", ignores_the_mask),
+        ("evtchn_send", forgets_the_selector),
         ("evtchn_unmask", lambda page, port: 0),
         ("evtchn_clear", lambda page, port: None),
         ("_close", forgets_the_other_end),

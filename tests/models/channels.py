@@ -55,7 +55,7 @@ class Model:
         self.masked: dict[int, set[int]] = {d: set() for d in hv.domains}
         self.told = dict.fromkeys(hv.domains, False)  # signalled, and not drained since
         self.deaf = dict.fromkeys(hv.domains, False)  # its upcalls are masked
-        self.signals = {d: domain.events_delivered for d, domain in hv.domains.items()}
+        self.signals = {d: domain.evt.delivered for d, domain in hv.domains.items()}
 
     def event(self, domid: int, port: int) -> None:
         if port not in self.pending[domid]:
@@ -75,7 +75,7 @@ class Model:
             found = {port: (c.state, c.remote_domid, c.remote_port) for port, c in domain.ports.items()}
             assert found == wanted, f"{domain}: ports"
             assert pending(domain) == self.pending[domid], f"{domain}: pending"
-            assert domain.events_delivered == self.signals[domid], f"{domain}: signals"
+            assert domain.evt.delivered == self.signals[domid], f"{domain}: signals"
             if self.pending[domid] - self.masked[domid]:
                 assert domain.shared_info[SHARED_UPCALL_PENDING] != b"\0", f"{domain}: an event is lost"
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from types import ModuleType
+from array import array
 from typing import Any
 
-from hypervisor import console, dispatch, domctl, evtchn, grant, lifecycle, memory, sched, sysctl, version
+from hypervisor import dispatch, lifecycle
 from hypervisor.core import Hypervisor
 from hypervisor.domain import DOM0, Domain
 from hypervisor.frames import NO_OWNER, FrameTable
@@ -24,7 +24,6 @@ from hypervisor.public.layout import KERNEL_PFN, virt
 from hypervisor.public.types import PAGE_SIZE
 from tests.models.address_space import ZERO, AddressSpace, BusyLoop
 
-MODULES: list[ModuleType] = [console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version]
 DOMAIN_FRAMES = KERNEL_PFN + 12
 SCRATCH_PFN = KERNEL_PFN  # a page of each domain for what it hands over by address
 SCRATCH = virt(SCRATCH_PFN)
@@ -39,12 +38,11 @@ class StandIn(Hypervisor):
         self.boot_ns = 0
         self._stopped = ""
         self.lines: list[str] = []
-        self.own_uids, self.next_domid = False, 1
-        self.table = dispatch.table(MODULES)
+        self.own_uids = False
+        self.make_tables()
         self.loop = BusyLoop()
         self.machine = MachineMemory(nr_frames, f"/ring1-test-{secrets.token_hex(8)}")
         self.frames = FrameTable(nr_frames)
-        self.domains: dict[int, Domain] = {}
         self.spaces: dict[int, AddressSpace] = {}
         self.monitors: list[Monitor] = []
         for domid in range(nr_domains):
@@ -61,7 +59,7 @@ class StandIn(Hypervisor):
     def add(self, domid: int, nr_frames: int = DOMAIN_FRAMES) -> Domain:
         """A running domain, its reservation mapped."""
         domain = Domain(domid, f"dom{domid}", CreateFlags.NONE)
-        domain.p2m = self.frames.allocate(domid, nr_frames)
+        domain.p2m = array("I", self.frames.allocate(domid, nr_frames))
         domain.max_frames = nr_frames
         domain.fail = lambda why: lifecycle.end(self, domain, why)
         domain.monitor = Monitor(self.loop, domain.fail)
