@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hypervisor.grant import GrantMapping
 
 DOM0 = 0
+NO_FRAME = 0xFFFFFFFF  # a hole in a p2m
 
 
 @dataclass
@@ -78,7 +79,9 @@ class Domain:
         # memory: pfn -> mfn, and the address space
         self.p2m = array("I")
         self.max_frames = 0
-        self.own_refs: list[tuple[int, bool]] = []  # references its own mapping holds
+        self.own_refs: dict[int, tuple[int, bool]] = {}  # its own mapping's references: va -> (mfn, writable)
+        self.leaving: set[int] = set()  # mfns on their way out, in no p2m entry any more
+        self.expected: set[int] = set()  # pfns that a frame is on its way to
         self.monitor: Monitor | None = None
         self.entry = 0
         # hypercalls
@@ -94,6 +97,7 @@ class Domain:
         self.virqs: dict[int, int] = {}
         self.timer: Timer | None = None
         self.blocked: Resume | None = None
+        self.polled: tuple[Resume, tuple[int, ...]] | None = None
         # grants: what it maps of others, what others map of it
         self.gnt: Any = ffi.new("struct gnt_domain *")
         self.maptrack: dict[int, GrantMapping] = {}
@@ -124,8 +128,8 @@ class Domain:
     def translate(self, va: int) -> tuple[int, int] | None:
         """(mfn, offset) of a guest-virtual address in the boot mapping, or None where nothing is mapped."""
         pfn = (va - VIRT_BASE) >> PAGE_SHIFT
-        if 0 <= pfn < len(self.p2m):
-            return self.p2m[pfn], va % PAGE_SIZE
+        if 0 <= pfn < len(self.p2m) and (mfn := self.p2m[pfn]) != NO_FRAME:
+            return mfn, va % PAGE_SIZE
         return None
 
     def dead(self, resume: Resume) -> None:

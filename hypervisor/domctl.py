@@ -125,7 +125,7 @@ def info(hv: Hypervisor, d: Domain) -> abi.DomainInfo:
     """A snapshot."""
     return abi.DomainInfo(
         d.domid, d.name, d.state, _cut(d.reason), d.exit_code, d.process.pid if d.process else 0,
-        d.monitor_process.pid if d.monitor_process else 0, len(d.p2m), d.max_frames,
+        d.monitor_process.pid if d.monitor_process else 0, hv.frames.owned[d.domid] if d.state != "dead" else 0, d.max_frames,
         len({m.mfn for group in d.active.values() for m in group}), hv.cpu_ns(d), d.hypercalls, d.evt.sent,
         d.evt.delivered, d.evt.elided, int(d.flags),
     )  # fmt: skip
@@ -202,5 +202,4 @@ def launch_info(hv: Hypervisor, caller: Domain, call: abi.LaunchInfo) -> Steps:
         mfn = domain.p2m[pfn]
         hv.frames.get(mfn, False)
         hv.frames.put(mfn, True)
-        domain.own_refs.remove((mfn, True))
-        domain.own_refs.append((mfn, False))
+        domain.own_refs[virt(pfn)] = (mfn, False)

@@ -60,7 +60,7 @@ int32_t evtchn_notify(struct evt_end *to, uint32_t port)
 {
     if (!to->shared_info)
         return 0;
-    if (set_pending(to->shared_info, port)) {
+    if (set_pending(to->shared_info, port) || to->polling) {
         to->delivered++;
         return 1;
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import DOM0, Domain
+from hypervisor.loop import Resume
 from hypervisor.public import evtchn as abi
 from hypervisor.public.errors import Exists, Invalid, NoSpace, NotPermitted
 from hypervisor.public.evtchn import State
@@ -34,12 +35,27 @@ def notify(hv: Hypervisor, domain: Domain, port: int) -> None:
 
 
 def kick(domain: Domain) -> None:
-    """The upcall: a signal that says "look", and the reply of a blocked call."""
+    """The upcall: a signal that says "look", and the reply of a call that blocks or polls."""
+    if domain.polled is not None and any(lib.evtchn_is_pending(domain.evt, port) for port in domain.polled[1]):
+        poll_ends(domain)
     if domain.blocked is not None:
         resume, domain.blocked = domain.blocked, None
         resume(None)
     if domain.launched and domain.process is not None:
         domain.process.signal(signal.SIGUSR2)
+
+
+def poll_begins(domain: Domain, resume: Resume, ports: tuple[int, ...]) -> None:
+    """From here on every event of its is looked at; what is pending already was looked at by the caller."""
+    domain.polled, domain.evt.polling = (resume, ports), 1
+
+
+def poll_ends(domain: Domain) -> None:
+    """By an event, or by time. Idempotent."""
+    if domain.polled is not None:
+        resume, _ = domain.polled
+        domain.polled, domain.evt.polling = None, 0
+        resume(None)
 
 
 def raise_virq(hv: Hypervisor, domain: Domain, virq: int) -> None:

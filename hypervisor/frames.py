@@ -90,6 +90,13 @@ class FrameTable:
         self.nr_free += 1
         self._masks[mfn // CHUNK] |= 1 << mfn % CHUNK
 
+    def give(self, mfn: int, domid: int) -> None:
+        """To another owner, with its contents: a page flip. Its allocation must be its only reference."""
+        assert self.total[mfn] == 1 and self.writable[mfn] == 0, f"mfn {mfn} given away in use"
+        self.owned[self.owner[mfn]] -= 1
+        self.owned[domid] += 1
+        self.owner[mfn] = domid
+
     # ---- references
 
     def get(self, mfn: int, writable: bool) -> None:

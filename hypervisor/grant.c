@@ -8,6 +8,10 @@
 #include <string.h>
 
 #define GTF_PERMIT_ACCESS 1u
+#define GTF_ACCEPT_TRANSFER 2u
+#define GTF_TRANSFER_COMMITTED 4u
+#define GTF_TRANSFER_COMPLETED 8u
+#define NO_FRAME 0xffffffffu
 #define GTF_TYPE_MASK 3u
 #define GTF_READONLY 4u
 #define GTF_READING 8u
@@ -63,6 +67,33 @@ void grant_release(struct gnt_domain *granter, uint32_t ref, int32_t clear_writi
     atomic_fetch_and(entry_of(granter, ref), ~bits);
 }
 
+/* The entry waits for a frame from `domid`: commit it, and copy out the pfn it wants it at. -EPERM: it does not. */
+int32_t grant_accept(struct gnt_domain *taker, uint32_t ref, uint16_t domid, uint32_t *pfn)
+{
+    _Atomic uint64_t *entry;
+    uint64_t seen;
+
+    if (ref >= GRANT_TABLE_FRAMES * PER_FRAME)
+        return -ENOENT;
+    entry = entry_of(taker, ref);
+    seen = atomic_load(entry);
+    if ((seen & 0xffff) != GTF_ACCEPT_TRANSFER || (uint16_t)(seen >> 16) != domid)
+        return -EPERM;
+    if (!atomic_compare_exchange_strong(entry, &seen, seen | GTF_TRANSFER_COMMITTED))
+        return -EPERM;
+    *pfn = (uint32_t)(seen >> 32);
+    return 0;
+}
+
+/* The end of it: completed, or as it was. */
+void grant_accepted(struct gnt_domain *taker, uint32_t ref, int32_t completed)
+{
+    if (completed)
+        atomic_fetch_or(entry_of(taker, ref), GTF_TRANSFER_COMPLETED);
+    else
+        atomic_fetch_and(entry_of(taker, ref), ~(uint64_t)GTF_TRANSFER_COMMITTED);
+}
+
 /* ---- GNTTABOP_copy */
 
 struct copy_ptr {
@@ -113,7 +144,7 @@ static int16_t resolve(struct gnt_domain **domains, uint16_t caller, char *machi
             return BAD_COPY_ARG;
         pfn = (uint32_t)p->frame;
     }
-    if (pfn >= d->nr_frames || (pfn >= GRANT_PFN && pfn < GRANT_PFN + GRANT_TABLE_FRAMES))
+    if (pfn >= d->nr_frames || d->p2m[pfn] == NO_FRAME || (pfn >= GRANT_PFN && pfn < GRANT_PFN + GRANT_TABLE_FRAMES))
         return is_ref ? BAD_GNTREF : BAD_COPY_ARG;
     s->at = machine + (uint64_t)d->p2m[pfn] * PAGE + p->offset;
     return OKAY;

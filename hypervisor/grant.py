@@ -7,18 +7,19 @@ fall only after the grantee's monitor acknowledged the unmapping, or after the g
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hypervisor import guest_access
+from hypervisor import guest_access, memory
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
-from hypervisor.domain import Domain
+from hypervisor.domain import NO_FRAME, Domain
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import grant as abi
-from hypervisor.public.errors import TooBig
-from hypervisor.public.grant import MAP_REF, UNMAP_REF, GrantStatus, MapFlags
+from hypervisor.public.errors import Invalid, TooBig
+from hypervisor.public.grant import COPY, MAP_REF, TRANSFER, UNMAP_REF, GrantStatus, MapFlags
 from hypervisor.public.layout import GRANT_BASE, GRANT_ENTRIES, GRANT_FRAMES, GRANT_PFN, HYPERVISOR_VIRT_START
 from hypervisor.public.types import DOMID_SELF, MAX_BATCH, MAX_MAPTRACK, PAGE_SIZE
 
@@ -180,11 +181,12 @@ def _claim(hv: Hypervisor, caller: Domain, va: int, flags: int, ref: int, dom: i
     frame = ffi.new("uint32_t *")
     if lib.grant_claim(granter.gnt, ref, caller.domid, writable, frame):
         raise _Refusal(GrantStatus.PERMISSION_DENIED)
-    if frame[0] >= len(granter.p2m) or GRANT_PFN <= frame[0] < GRANT_PFN + GRANT_FRAMES:
+    mfn = granter.p2m[frame[0]] if frame[0] < len(granter.p2m) else NO_FRAME
+    if mfn == NO_FRAME or GRANT_PFN <= frame[0] < GRANT_PFN + GRANT_FRAMES:
         others = granter.active.get(ref, [])
         lib.grant_release(granter.gnt, ref, not any(m.writable for m in others), not others)
         raise _Refusal(GrantStatus.BAD_GNTREF)
-    return hold(hv, granter, caller, ref, granter.p2m[frame[0]], va, writable)
+    return hold(hv, granter, caller, ref, mfn, va, writable)
 
 
 @hypercall(abi.GrantUnmap)
@@ -225,6 +227,79 @@ def release(hv: Hypervisor, grantee: Domain, mappings: list[GrantMapping]) -> St
         raise MonitorGone from None
     for mapping in mappings:
         drop(hv, mapping)
+
+
+@hypercall(abi.GrantCopy)
+def copy(hv: Hypervisor, caller: Domain, call: abi.GrantCopy) -> int:
+    if call.count > MAX_BATCH:
+        raise TooBig(f"{call.count} entries, at most {MAX_BATCH}")
+    records = bytearray(guest_access.copy_in(hv, caller, call.address, call.count * COPY.size))
+
+    done = lib.grant_copy(hv.gnts, caller.domid, hv.machine.base, ffi.from_buffer(records), call.count)
+    guest_access.copy_out(hv, caller, call.address, bytes(records))
+    return done
+
+
+@hypercall(abi.GrantTransfer)
+def transfer(hv: Hypervisor, caller: Domain, call: abi.GrantTransfer) -> Steps:
+    if call.count > MAX_BATCH:
+        raise TooBig(f"{call.count} entries, at most {MAX_BATCH}")
+    raw = guest_access.copy_in(hv, caller, call.address, call.count * TRANSFER.size)
+
+    out = b""
+    done = 0
+    for pfn, domid, ref, _ in TRANSFER.iter_unpack(raw):
+        status = yield from _transfer_one(hv, caller, pfn, domid, ref)
+        out += TRANSFER.pack(pfn, domid, ref, status)
+        done += status == GrantStatus.OKAY
+    guest_access.copy_out(hv, caller, call.address, out)
+    return done
+
+
+def _transfer_one(hv: Hypervisor, caller: Domain, pfn: int, domid: int, ref: int) -> Steps:
+    """The frame leaves the caller first; what cannot be delivered then is the caller's loss, as in Xen."""
+    taker = hv.domains.get(domid)
+    if taker is None or not taker.alive or not taker.gnt.alive or taker is caller:
+        return GrantStatus.BAD_DOMAIN
+    wanted = ffi.new("uint32_t *")
+    if lib.grant_accept(taker.gnt, ref, caller.domid, wanted):
+        return GrantStatus.BAD_GNTREF
+    hole = wanted[0]
+    if hole >= len(taker.p2m) or taker.p2m[hole] != NO_FRAME or hole in taker.expected:
+        lib.grant_accepted(taker.gnt, ref, 0)
+        return GrantStatus.BAD_GNTREF
+    mfn = memory.take_out(hv, caller, pfn)
+    if mfn is None:
+        lib.grant_accepted(taker.gnt, ref, 0)
+        return GrantStatus.BAD_PAGE
+
+    taker.expected.add(hole)
+    try:
+        yield from memory.unmap_own(hv, caller, [pfn])
+    finally:
+        taker.expected.discard(hole)
+    caller.leaving.discard(mfn)
+    if hv.domains.get(domid) is not taker or taker.state in ("dying", "dead"):
+        hv.machine.scrub(mfn)
+        hv.frames.release(mfn)
+        return GrantStatus.BAD_DOMAIN
+    hv.frames.give(mfn, taker.domid)
+    try:
+        yield from memory.put_in(hv, taker, [(hole, mfn)])
+    except MonitorGone:
+        return GrantStatus.BAD_DOMAIN  # the taker's burial has the frame
+    lib.grant_accepted(taker.gnt, ref, 1)
+    return GrantStatus.OKAY
+
+
+@hypercall(abi.GrantSetupTable)
+def setup_table(hv: Hypervisor, caller: Domain, call: abi.GrantSetupTable) -> None:
+    hv.target(caller, call.domid)
+    if call.nr_frames > GRANT_FRAMES:
+        raise Invalid(f"{call.nr_frames} frames, the table has {GRANT_FRAMES}")
+
+    pfns = range(GRANT_PFN, GRANT_PFN + call.nr_frames)
+    guest_access.copy_out(hv, caller, call.address, struct.pack(f"<{len(pfns)}Q", *pfns))
 
 
 @hypercall(abi.GrantQuerySize)

@@ -20,6 +20,7 @@ struct evt_end { /* a domain as its event channels see it */
     struct evt_port ports[EVT_PORTS];
     void *shared_info;
     uint64_t sent, delivered, elided;
+    uint32_t polling; /* it waits for ports, masked ones too: look at every event of it */
 };
 int32_t evtchn_notify(struct evt_end *to, uint32_t port);
 int32_t evtchn_send(struct evt_end **ends, uint16_t domid, uint32_t port, uint16_t *signal);
@@ -36,6 +37,8 @@ struct gnt_domain { /* a domain as grants see it */
 };
 int32_t grant_claim(struct gnt_domain *granter, uint32_t ref, uint16_t domid, int32_t writable, uint32_t *frame);
 void grant_release(struct gnt_domain *granter, uint32_t ref, int32_t clear_writing, int32_t clear_reading);
+int32_t grant_accept(struct gnt_domain *taker, uint32_t ref, uint16_t domid, uint32_t *pfn);
+void grant_accepted(struct gnt_domain *taker, uint32_t ref, int32_t completed);
 uint32_t grant_copy(struct gnt_domain **domains, uint16_t caller, char *machine, char *ops, uint32_t count);
 
 struct callring {

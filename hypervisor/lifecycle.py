@@ -22,7 +22,7 @@ import posix_ipc
 
 from hypervisor import evtchn, grant, hypercall, zygote
 from hypervisor._hv import ffi
-from hypervisor.domain import DOM0, Domain, Process
+from hypervisor.domain import DOM0, NO_FRAME, Domain, Process
 from hypervisor.gate.boot import BootConfig
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone, first_message
 from hypervisor.loop import Resume, Steps, Wait
@@ -160,7 +160,7 @@ def _map_reservation(hv: Hypervisor, domain: Domain) -> Steps:
     pages += [(virt(pfn), mfn, PROT_READ | PROT_WRITE) for pfn, mfn in enumerate(domain.p2m)]
     for _, mfn, _ in pages:
         hv.frames.get(mfn, True)
-    domain.own_refs = [(mfn, True) for _, mfn, _ in pages]
+    domain.own_refs = {va: (mfn, True) for va, mfn, _ in pages}
     yield from domain.monitor.map(pages)
 
 
@@ -217,7 +217,7 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
     if domain.timer is not None:
         domain.timer.cancel()
     hypercall.listen(hv, domain)
-    domain.blocked = None
+    domain.blocked = domain.polled = None
     evtchn.close_all(hv, domain)
     _hide_from_kernels(hv, domain)
     for process in (domain.process, domain.monitor_process):
@@ -238,15 +238,15 @@ def _bury(hv: Hypervisor, domain: Domain) -> Steps:
     domain.cpu_ns = max(domain.cpu_ns, hv.cpu_ns(domain))
     grant.drop_all(hv, domain)
     yield from grant.take_back(hv, domain)
-    for mfn, writable in domain.own_refs:
+    for mfn, writable in domain.own_refs.values():
         hv.frames.put(mfn, writable)
-    domain.own_refs = []
-    for at in range(0, len(domain.p2m), SCRUB_FRAMES):
-        for mfn in domain.p2m[at : at + SCRUB_FRAMES]:
+    owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME] + sorted(domain.leaving)
+    domain.p2m, domain.own_refs, domain.leaving = array.array("I"), {}, set()
+    for at in range(0, len(owned), SCRUB_FRAMES):
+        for mfn in owned[at : at + SCRUB_FRAMES]:
             hv.machine.scrub(mfn)
             hv.frames.release(mfn)
         yield hv.loop.turn
-    domain.p2m = array.array("I")
     for queue in domain.queues or ():
         queue.close()
     domain.queues = None

@@ -23,6 +23,7 @@ from typing import Any
 Resume = Callable[[Any], None]
 Wait = Callable[[Resume], None]  # begin waiting; call resume(value) or resume(exception), once
 Steps = Generator[Wait, Any, Any]
+FAR_NS = 1 << 60
 SLICE = 512  # calls of one turn before descriptors are looked at again
 
 
@@ -57,9 +58,9 @@ class Loop:
             self._epoll.unregister(fd)
 
     def at(self, deadline_ns: int, call: Callable[[], None]) -> Timer:
-        """`call` at CLOCK_MONOTONIC `deadline_ns`, never earlier."""
+        """`call` at CLOCK_MONOTONIC `deadline_ns`, never earlier; a guest's choice of a time past 35 years is 35 years."""
         timer = Timer(call)
-        heapq.heappush(self._timers, (deadline_ns, next(self._order), timer))
+        heapq.heappush(self._timers, (min(deadline_ns, FAR_NS), next(self._order), timer))
         return timer
 
     def soon(self, call: Callable[[], None]) -> None:

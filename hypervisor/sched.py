@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
+import struct
 from typing import TYPE_CHECKING
 
-from hypervisor import evtchn, lifecycle
+from hypervisor import evtchn, guest_access, lifecycle
 from hypervisor._hv import lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
-from hypervisor.loop import Resume, Steps
+from hypervisor.loop import Resume, Steps, Timer
 from hypervisor.public import sched as abi
-from hypervisor.public.errors import Invalid
+from hypervisor.public.errors import Invalid, TooBig
 from hypervisor.public.sched import ShutdownReason
 from hypervisor.public.types import VIRQ_TIMER
 
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
+
+MAX_POLL = 128  # ports that one poll waits for
 
 
 @hypercall(abi.SchedYield)
@@ -33,6 +35,28 @@ def block(hv: Hypervisor, caller: Domain, call: abi.SchedBlock) -> Steps:
 
     if not lib.upcall_is_pending(caller.evt):
         yield wait
+
+
+@hypercall(abi.SchedPoll)
+def poll(hv: Hypervisor, caller: Domain, call: abi.SchedPoll) -> Steps:
+    if call.count > MAX_POLL:
+        raise TooBig(f"{call.count} ports, at most {MAX_POLL}")
+    ports = struct.unpack(f"<{call.count}I", guest_access.copy_in(hv, caller, call.address, 4 * call.count))
+    if not all(port in caller.ports for port in ports):
+        raise Invalid("a closed port")
+
+    timer: Timer | None = None
+
+    def wait(resume: Resume) -> None:
+        nonlocal timer
+        evtchn.poll_begins(caller, resume, ports)
+        if call.timeout_ns:
+            timer = hv.loop.at(hv.boot_ns + call.timeout_ns, lambda: evtchn.poll_ends(caller))
+
+    if not any(lib.evtchn_is_pending(caller.evt, port) for port in ports):
+        yield wait
+    if timer is not None:
+        timer.cancel()
 
 
 @hypercall(abi.SchedShutdown)
@@ -56,5 +80,4 @@ def set_timer(hv: Hypervisor, caller: Domain, call: abi.SetTimer) -> None:
         caller.timer.cancel()
         caller.timer = None
     if call.deadline_ns:
-        deadline = min(hv.boot_ns + call.deadline_ns, time.monotonic_ns() + (1 << 50))
-        caller.timer = hv.loop.at(deadline, lambda: evtchn.raise_virq(hv, caller, VIRQ_TIMER))
+        caller.timer = hv.loop.at(hv.boot_ns + call.deadline_ns, lambda: evtchn.raise_virq(hv, caller, VIRQ_TIMER))

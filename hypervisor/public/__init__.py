@@ -1,13 +1,15 @@
 """The contract between the hypervisor and its guests: numbers, layouts, errors, limits. No behaviour, no state.
 
     op  call               sub-operations                                               module
-    12  memory_op          current_reservation 3, maximum_reservation 4                 memory
+    12  memory_op          decrease_reservation 1, current_reservation 3,
+                           maximum_reservation 4, populate_physmap 6                    memory
     13  multicall                                                                       version
     15  set_timer_op                                                                    sched
     17  xen_version        version 0, extraversion 1, pagesize 7                        version
     18  console_io         write 0                                                      console
-    20  grant_table_op     map 0, unmap 1, query_size 6                                 grant
-    29  sched_op           yield 0, block 1, shutdown 2                                 sched
+    20  grant_table_op     map 0, unmap 1, setup_table 2, transfer 4, copy 5,
+                           query_size 6                                                 grant
+    29  sched_op           yield 0, block 1, shutdown 2, poll 3                         sched
     32  event_channel_op   bind_interdomain 0, bind_virq 1, close 3, send 4, status 5,
                            alloc_unbound 6, bind_ipi 7, unmask 9, reset 10              evtchn
     35  sysctl             readconsole 1, physinfo 3, getdomaininfolist 6, ledger 1000,

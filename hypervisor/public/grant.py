@@ -15,6 +15,12 @@ map and unmap take arrays in guest memory:
     gnttab_map_grant_ref    32 bytes: u64 host_addr IN guest-virtual; u32 flags IN; u32 ref IN; u16 dom IN; s16 status OUT;
                                       u32 handle OUT; u64 dev_bus_addr OUT (the mfn)
     gnttab_unmap_grant_ref  24 bytes: u64 host_addr IN; u64 dev_bus_addr (unused); u32 handle IN; s16 status OUT; u16 pad
+    gnttab_transfer         24 bytes: u64 pfn IN @0; u16 domid IN @8; u32 ref IN @12; s16 status OUT @16
+    gnttab_copy             40 bytes: source @0, dest @16, each u64 ref or own pfn, u16 domid @8, u16 offset @10;
+                                      u16 len @32, u16 flags @34 (1 source is a ref, 2 dest is); s16 status OUT @36
+
+To take a frame by transfer, a domain makes a hole in its p2m (memory_op), writes an entry ACCEPT_TRANSFER whose frame is
+that pfn and whose domid is the giver's; TRANSFER_COMPLETED says that the frame is there, mapped, with its contents.
 """
 
 from __future__ import annotations
@@ -29,6 +35,9 @@ from hypervisor.public.types import U16, U32, U64
 ENTRY = struct.Struct("<HHI")
 MAP_REF = struct.Struct("<QIIHhIQ")
 UNMAP_REF = struct.Struct("<QQIhH")
+TRANSFER = struct.Struct("<QHxxIhxxxxxx")
+COPY = struct.Struct("<QHH4xQHH4xHHhxx")
+assert (MAP_REF.size, UNMAP_REF.size, TRANSFER.size, COPY.size) == (32, 24, 24, 40)
 
 GREF_CONSOLE = 0
 GREF_XENSTORE = 1
@@ -40,8 +49,11 @@ class Gtf(IntFlag):
 
     INVALID = 0
     PERMIT_ACCESS = 1
+    ACCEPT_TRANSFER = 2
     TYPE_MASK = 3
     READONLY = 4
+    TRANSFER_COMMITTED = 4  # of an ACCEPT_TRANSFER entry: a frame is on its way
+    TRANSFER_COMPLETED = 8  # of an ACCEPT_TRANSFER entry: it is there
     READING = 8
     WRITING = 16
 
@@ -64,6 +76,10 @@ class GrantStatus(IntEnum):
     BAD_VIRT_ADDR = -5
     NO_DEVICE_SPACE = -7
     PERMISSION_DENIED = -8
+    BAD_PAGE = -9  # a transfer of a frame that cannot leave
+    BAD_COPY_ARG = -10
+    ADDRESS_TOO_BIG = -11
+    EAGAIN = -12
 
 
 class QuerySizeReply(NamedTuple):
@@ -89,6 +105,43 @@ class GrantUnmap(Hypercall[int]):
     """Unmap `count` handles described at guest-virtual `address`; returns how many have status 0. Raises as GrantMap."""
 
     OP, CMD = OP_GRANT_TABLE, 1
+    address: U64
+    count: U32
+
+
+class GrantSetupTable(Hypercall[None]):
+    """Write the pfns of the table of `domid` (another's: dom0 only), `nr_frames` of them, at `address` as u64.
+
+    The table is where it is from the beginning; this is for kernels that ask. Raises NoSuchDomain, NotPermitted,
+    Invalid (more frames than GRANT_FRAMES), BadAddress.
+    """
+
+    OP, CMD = OP_GRANT_TABLE, 2
+    domid: U16
+    nr_frames: U32
+    address: U64
+
+
+class GrantTransfer(Hypercall[int]):
+    """Give the `count` frames described at guest-virtual `address` to other domains: a page flip. Returns how many went.
+
+    Each entry has a status of its own: BAD_PAGE for a frame that cannot leave (as DecreaseReservation), BAD_DOMAIN,
+    BAD_GNTREF (no ACCEPT_TRANSFER entry for us, or its pfn is no hole). Raises BadAddress, TooBig (MAX_BATCH).
+    """
+
+    OP, CMD = OP_GRANT_TABLE, 4
+    address: U64
+    count: U32
+
+
+class GrantCopy(Hypercall[int]):
+    """Copy bytes between frames, the caller's own or granted to it, as the `count` records at `address` say.
+
+    Nothing is mapped. Each record has a status of its own, and offset + len must stay within a frame. Returns how many
+    have status 0. Raises BadAddress, TooBig (MAX_BATCH).
+    """
+
+    OP, CMD = OP_GRANT_TABLE, 5
     address: U64
     count: U32
 

@@ -43,6 +43,19 @@ class SchedShutdown(Hypercall[None]):
     why: Annotated[str, Text(CONSOLE_BYTES)]
 
 
+class SchedPoll(Hypercall[None]):
+    """Wait until one of the `count` ports listed at `address` (u32 each) is pending, masked or not, or until system time
+    `timeout_ns` (0: for ever). Upcalls are neither needed nor unmasked.
+
+    Raises BadAddress, Invalid (a port that is closed), TooBig (more than 128).
+    """
+
+    OP, CMD = OP_SCHED, 3
+    address: U64
+    count: U32
+    timeout_ns: U64
+
+
 class SetTimer(Hypercall[None]):
     """VIRQ_TIMER at system time `deadline_ns` (ns since the hypervisor booted); 0 cancels; the past fires at once."""
 

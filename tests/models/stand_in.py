@@ -152,7 +152,7 @@ class StandIn(Hypervisor):
         held: dict[int, list[bool]] = {}
         for domain in self.domains.values():
             assert domain.monitor is not None
-            for mfn, writable in domain.own_refs:
+            for mfn, writable in domain.own_refs.values():
                 held.setdefault(mfn, []).append(writable)
             for mapping in domain.maptrack.values():
                 if not mapping.orphan:
