@@ -24,6 +24,7 @@ Resume = Callable[[Any], None]
 Wait = Callable[[Resume], None]  # begin waiting; call resume(value) or resume(exception), once
 Steps = Generator[Wait, Any, Any]
 FAR_NS = 1 << 60
+LONGEST = 3600.0  # seconds: epoll takes no more than 24 days
 SLICE = 512  # calls of one turn before descriptors are looked at again
 
 
@@ -98,7 +99,7 @@ class Loop:
             return 0
         while self._timers and self._timers[0][2].call is None:
             heapq.heappop(self._timers)
-        return max(0, self._timers[0][0] - time.monotonic_ns() + 999) / 1e9 if self._timers else -1
+        return min(max(0, self._timers[0][0] - time.monotonic_ns() + 999) / 1e9, LONGEST) if self._timers else -1
 
 
 def run_task(steps: Steps, done: Callable[[Any, BaseException | None], None]) -> None:
