@@ -10,7 +10,7 @@ int32_t front_init(void *front, void *page, uint64_t bytes, uint32_t req_size, u
     int r = ring_front_init(f, page, bytes, req_size, rsp_size);
 
     if (!r && start) {
-        f->req_prod_pvt = f->rsp_cons = start;
+        f->req_prod_pvt = f->rsp_cons = f->rsp_seen = start;
         atomic_store(&f->sh->req_prod, start);
         atomic_store(&f->sh->rsp_prod, start);
         atomic_store(&f->sh->req_event, start + 1);

@@ -31,12 +31,12 @@ _Static_assert(offsetof(struct ring_shared, rsp_event) == 12, "the header of io/
 struct ring_front {
     struct ring_shared *sh;
     uint32_t nr_ents, slot_size, req_size, rsp_size;
-    uint32_t req_prod_pvt, rsp_cons, broken;
+    uint32_t req_prod_pvt, rsp_cons, rsp_seen, broken;
 };
 struct ring_back {
     struct ring_shared *sh;
     uint32_t nr_ents, slot_size, req_size, rsp_size;
-    uint32_t rsp_prod_pvt, req_cons, broken;
+    uint32_t rsp_prod_pvt, req_cons, req_seen, broken;
 };
 
 static inline uint32_t ring_entries(uint64_t bytes, uint32_t slot_size)
@@ -91,7 +91,7 @@ static inline int ring_front_init(struct ring_front *f, void *page, uint64_t byt
 
     if (!n)
         return -EINVAL;
-    *f = (struct ring_front){page, n, slot, req_size, rsp_size, 0, 0, 0};
+    *f = (struct ring_front){page, n, slot, req_size, rsp_size, 0, 0, 0, 0};
     memset(page, 0, 64);
     atomic_store(&f->sh->req_event, 1);
     atomic_store(&f->sh->rsp_event, 1);
@@ -106,9 +106,9 @@ static inline int ring_back_attach(struct ring_back *b, void *page, uint64_t byt
 
     if (!n)
         return -EINVAL;
-    *b = (struct ring_back){page, n, slot, req_size, rsp_size, 0, 0, 0};
+    *b = (struct ring_back){page, n, slot, req_size, rsp_size, 0, 0, 0, 0};
     prod = atomic_load(&b->sh->rsp_prod);
-    b->rsp_prod_pvt = b->req_cons = prod;
+    b->rsp_prod_pvt = b->req_cons = b->req_seen = prod;
     return 0;
 }
 
@@ -140,11 +140,16 @@ static inline int32_t ring_front_publish(struct ring_front *f, const void *reque
     return ring_push(&f->sh->req_prod, &f->sh->req_event, old, old + n);
 }
 
-/* Copies at most `max` responses out; -EPROTO when the backend claims more than was asked. */
+/* Copies at most `max` responses out; -EPROTO when the backend claims more than was asked. The producer's index, whose line
+ * the peer keeps writing, is read only where what was seen of it last does not do. */
 static inline int32_t ring_front_take(struct ring_front *f, void *out, uint32_t max)
 {
-    uint32_t prod = atomic_load_explicit(&f->sh->rsp_prod, memory_order_acquire), n = prod - f->rsp_cons;
+    uint32_t n = f->rsp_seen - f->rsp_cons;
 
+    if (n < max) {
+        f->rsp_seen = atomic_load_explicit(&f->sh->rsp_prod, memory_order_acquire);
+        n = f->rsp_seen - f->rsp_cons;
+    }
     if (f->broken || n > f->req_prod_pvt - f->rsp_cons) {
         f->broken = 1;
         return -EPROTO;
@@ -176,8 +181,12 @@ static inline int32_t ring_front_recheck(struct ring_front *f)
  * answer. A producer that went backwards claims that too: it is 2^32 less a few ahead. */
 static inline int32_t ring_back_take(struct ring_back *b, void *out, uint32_t max)
 {
-    uint32_t prod = atomic_load_explicit(&b->sh->req_prod, memory_order_acquire), n = prod - b->req_cons;
+    uint32_t n = b->req_seen - b->req_cons;
 
+    if (n < max) {
+        b->req_seen = atomic_load_explicit(&b->sh->req_prod, memory_order_acquire);
+        n = b->req_seen - b->req_cons;
+    }
 #ifndef RING_DEFECT_NO_BOUNDS
     if (b->broken || n > b->nr_ents - (b->req_cons - b->rsp_prod_pvt)) {
         b->broken = 1;

@@ -159,9 +159,11 @@ static void spin(struct shared *s, uint32_t want, int64_t ns)
     uint32_t cons = consumer(s), cpu;
     int64_t end;
 
+    if (ns <= 0)
+        return;
     tell_cpu(s);
     cpu = atomic_load_explicit(&peer_of(s)->cpu, memory_order_relaxed);
-    if (ns <= 0 || !cpu || cpu == s->cpu)
+    if (!cpu || cpu == s->cpu)
         return;
     end = now_ns() + ns;
     do
@@ -208,9 +210,13 @@ int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint
     return r ? r : (int32_t)s->nr_ents;
 }
 
+static int32_t one_way(struct shared *s) { return !s->in_size || !s->out_size; }
+
 static int32_t do_close(struct shared *s, const struct call *c)
 {
     (void)c;
+    if (s->side == BACK && one_way(s))
+        ring_back_publish(&s->back, NULL, back_unanswered(&s->back)); /* the next back begins after them */
     atomic_store(&s->control->end[s->side].closed, 1);
     ring_the_bell(s);
     return 0;
@@ -225,8 +231,6 @@ void shared_close(void *state, int32_t tell)
         guarded(s, do_close, NULL);
     s->control = NULL;
 }
-
-static int32_t one_way(struct shared *s) { return !s->in_size || !s->out_size; }
 
 /* The front of a one-way ring takes the empty answers itself, when it needs their room. */
 static int32_t make_room(struct shared *s, uint32_t n, int64_t ns)
@@ -269,28 +273,47 @@ int32_t shared_publish(void *state, const void *records, uint64_t bytes, int64_t
     return guarded(s, do_publish, &(struct call){.in = records, .n = n, .ns = spin_ns});
 }
 
-/* -EPIPE only once nothing is left: what the peer published before it closed is seen by whoever sees that it closed. */
-static int32_t do_take(struct shared *s, const struct call *c)
+/* The back of a one-way ring answers with nothing, and not each time: once `least` records are taken. An answer for each
+ * would have the header's one line go to and fro between the CPUs with each. */
+static int32_t acknowledge(struct shared *s, uint32_t least)
 {
-    int32_t was_closed, n, r = 0;
+    uint32_t taken = back_unanswered(&s->back);
+    int32_t r = 0;
 
-    if (atomic_load_explicit(producer(s), memory_order_relaxed) == consumer(s) && c->ns)
-        spin(s, 1, c->ns);
-    was_closed = closed(s);
-    n = s->side == FRONT ? ring_front_take(&s->front, c->out, (uint32_t)c->n)
-                         : ring_back_take(&s->back, c->out, (uint32_t)c->n);
-    if (n > 0 && one_way(s))
-        r = ring_back_publish(&s->back, NULL, (uint32_t)n);
+    if (taken >= least)
+        r = ring_back_publish(&s->back, NULL, taken);
     if (r == 1)
         ring_the_bell(s);
-    return n == 0 && was_closed ? -EPIPE : n;
+    return r < 0 ? r : 0;
+}
+
+static int32_t take(struct shared *s, const struct call *c)
+{
+    return s->side == FRONT ? ring_front_take(&s->front, c->out, (uint32_t)c->n)
+                            : ring_back_take(&s->back, c->out, (uint32_t)c->n);
+}
+
+/* At most `max`, at least 1. -EPIPE only once nothing is left: what the peer published before it closed is seen by whoever
+ * sees that it closed. */
+static int32_t do_take(struct shared *s, const struct call *c)
+{
+    int32_t n = take(s, c), was_closed = 0, r = 0;
+
+    if (!n) {
+        spin(s, 1, c->ns);
+        was_closed = closed(s);
+        n = take(s, c);
+    }
+    if (n >= 0 && s->side == BACK && one_way(s))
+        r = acknowledge(s, n ? (s->nr_ents + 3) / 4 : 1);
+    return r < 0 ? r : !n && was_closed ? -EPIPE : n;
 }
 
 int32_t shared_take(void *state, void *out, uint32_t max, int64_t spin_ns)
 {
     struct shared *s = state;
 
-    if (!s->in_size)
+    if (!s->in_size || !max)
         return s->control ? -EINVAL : -EBADF;
     return guarded(s, do_take, &(struct call){.out = out, .n = max, .ns = spin_ns});
 }

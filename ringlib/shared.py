@@ -1,15 +1,19 @@
 """SharedRing: a ring between two processes of one user, by name, with no domain in sight.
 
     with SharedRing.create("/jobs", 64) as ring:           with SharedRing.attach("/jobs", timeout=5) as ring:
-        ring.put(b"..." * 64)                                  for batch in iter(ring.get, b""): ...
+        for i in range(1000):                                  for record in ring:
+            ring.put(bytes(64))                                    ...
         ring.drain()
 
 The creator is the front and sends requests of `request_size` bytes, the attacher the back and sends responses of
-`response_size`. With no response size the ring goes one way: what the back takes is answered by ringlib with nothing.
+`response_size`. With no response size the ring goes one way: what the back takes is answered by ringlib with nothing, by the
+quarter ring or when the back comes for more and there is none.
 
-A batch is one bytes-like object of packed records, published whole or not at all. An end belongs to one thread of one
-process: a forked child attaches by name. The object is a control page, the ring as io/ring.h has it, and, where asked for,
-`payload`: memory that records may point into, so that large things need not be copied.
+A batch is one bytes-like object of packed records, published whole or not at all; a call costs the same for one record or
+a hundred. An end belongs to one thread of one process: a forked child attaches by name.
+
+The object is a control page, the ring as io/ring.h has it, and, where asked for, `payload`: memory that records may point
+into, so that large things need not be copied.
 
 Both ends hold the object, so a peer can shrink it: the ring then raises Broken, but a touch of `payload` is SIGBUS.
 
@@ -26,7 +30,7 @@ import os
 import select
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +69,9 @@ class SharedRing:
         self._map: mmap.mmap | None = mmap.mmap(fd, size)
         self._payload = memoryview(self._map)[(1 + ring) * PAGE :]
         self._state: Any = ffi.new("char[]", lib.SHARED_STATE)
+        self._c_publish: Callable[[Any, Any, int, int], int] = lib.shared_publish
+        self._c_take: Callable[[Any, Any, int, int], int] = lib.shared_take
+        self._unpack: Callable[[Any, int], bytes] = ffi.unpack
         base = ffi.from_buffer(self._map)
         self.nr_ents = lib.shared_open(self._state, base, size, ring * PAGE, side, request, response)
         if self.nr_ents < 0:
@@ -102,7 +109,7 @@ class SharedRing:
     def attach(cls, name: str, timeout: float = 0) -> SharedRing:
         """Be the back of `name`, waiting `timeout` seconds for it to be made.
 
-        Unanswered requests of a back that died are taken again. Raises FileNotFoundError, Busy (it has a living back),
+        What a back that died took and did not answer is taken again. Raises FileNotFoundError, Busy (it has a living back),
         Broken (not a ring).
         """
         end = time.monotonic() + timeout
@@ -170,7 +177,7 @@ class SharedRing:
 
     @property
     def pending(self) -> int:
-        """Front: records sent and not yet taken (one way) or answered. Back: records taken and not answered."""
+        """Front: records sent whose answer was not taken; one way: not known to be taken. Back: taken and not answered."""
         return self._checked(lib.shared_pending(self._state))
 
     @property
@@ -192,6 +199,8 @@ class SharedRing:
         The front of a two-way ring keeps what is answered meanwhile for its next get, at most a ring full: WouldBlock then
         says that only a get of its own makes room. The back never waits: there is room for every answer to what it took.
         """
+        if type(batch) is bytes and self._c_publish(self._state, batch, len(batch), SPIN_NS) == 0:
+            return  # a call each of ours and of C's: at a record a call all else would be most of the time
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
@@ -205,15 +214,25 @@ class SharedRing:
 
     def get(self, max_items: int | None = None, timeout: float | None = None) -> bytes:
         """A packed batch of at least one; b"" once the peer closed and nothing is left. Raises TimeoutError, and as take."""
-        batch = self._take(max_items, SPIN_NS)
-        end = None if timeout is None or batch else time.monotonic() + timeout
+        if not self._kept:
+            n = self._c_take(self._state, self._out, self.nr_ents if max_items is None else max_items, SPIN_NS)
+            if n > 0:
+                return self._unpack(self._out, n * self.received_size)
+        batch, end = self._take(max_items, 0), None if timeout is None else time.monotonic() + timeout
         while batch == b"":
             self._sleep(1, end)
             batch = self._take(max_items, 0)
         return batch or b""
 
+    def __iter__(self) -> Iterator[bytes]:
+        """Record by record, until the peer closed; taken in batches, so that a record costs a slice."""
+        size = self.received_size
+        while batch := self.get():
+            for at in range(0, len(batch), size):
+                yield batch[at : at + size]
+
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until the back has taken all that was put, so that closing loses nothing. One way only."""
+        """Wait until the back has taken all that was put and comes for more, or closed: closing loses nothing. One way only."""
         if self.received_size or self._side == BACK:
             raise ValueError("the answers say what was taken")
         end = None if timeout is None else time.monotonic() + timeout
@@ -222,23 +241,18 @@ class SharedRing:
 
     def _publish(self, batch: Records, spin_ns: int) -> None:
         data = batch if type(batch) is bytes else ffi.from_buffer(batch)
-        if (result := lib.shared_publish(self._state, data, len(data), spin_ns)) < 0:
+        if (result := self._c_publish(self._state, data, len(data), spin_ns)) < 0:
             self._checked(result)
 
     def _take(self, max_items: int | None, spin_ns: int) -> bytes | None:
         """b"": nothing yet; None: nothing, and the peer closed."""
-        most = self.nr_ents
-        if max_items is not None:
-            if max_items < 1:
-                raise ValueError("max_items: at least 1")
-            most = min(max_items, most)
-        if self._kept:
+        most = self.nr_ents if max_items is None else max_items
+        if self._kept and most > 0:
             batch, self._kept = self._kept[: most * self.received_size], self._kept[most * self.received_size :]
             return batch
-        if (n := lib.shared_take(self._state, self._out, most, spin_ns)) <= 0:
+        if (n := self._c_take(self._state, self._out, most, spin_ns)) <= 0:
             return None if n == -errno.EPIPE else self._checked(n) * b""
-        taken: bytes = ffi.unpack(self._out, n * self.received_size)
-        return taken
+        return self._unpack(self._out, n * self.received_size)
 
     def _may_wait(self) -> bool:
         """Make what room we can: keep answers, up to a ring full."""
@@ -277,7 +291,7 @@ class SharedRing:
         if result == -errno.EAGAIN:
             raise WouldBlock("the whole batch does not fit")
         if result == -errno.EINVAL:
-            raise ValueError(f"not records of {self.sent_size} bytes, more than {self.nr_ents}, or against a one-way ring")
+            raise ValueError(f"not 1 to {self.nr_ents} records of {self.sent_size} bytes, or against the ring's one way")
         if result == -errno.EBADF:
             raise Closed(self.name)
         why = {errno.EPIPE: "closed", errno.EFAULT: "shrank the object"}.get(-result, "moved an index to where it cannot be")

@@ -359,7 +359,7 @@ def check_model() -> None:
             Edit(
                 "ring.h",
                 "n > b->nr_ents - (b->req_cons - b->rsp_prod_pvt)",
-                "(uint32_t)(prod - b->rsp_prod_pvt) > b->nr_ents",
+                "(uint32_t)(b->req_seen - b->rsp_prod_pvt) > b->nr_ents",
             ),
             id="a producer may go back",
         ),
