@@ -1,0 +1,96 @@
+"""scripts/bench: what it computes, and that it runs (conftest sees whether it leaves anything)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmarks import harness
+from scripts.benchmarks.harness import Failed, Row, pair, report, run, spread, table
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEYS = "id what unit better ours limit limit_is peer peer_value ratio_limit ratio_peer spread gate holds peers".split()
+
+
+def never() -> float:
+    raise AssertionError
+
+
+def row(better: str, gate: float | None = None) -> Row:
+    return Row("x1", "something", "s", better, never, never, "the limit", {"one": never, "two": never, "three": "absent"}, gate)
+
+
+def test_the_median_of_ratios_is_not_the_ratio_of_medians() -> None:
+    values = {"ours": [1.0, 10.0, 100.0], "limit": [2.0, 10.0, 1000.0], "one": [1.0, 1.0, 1.0], "two": [4.0, 5.0, 6.0]}
+    got = report(row("more", 0.5), values)
+    assert list(got) == KEYS
+    assert (got["ours"], got["limit"], got["ratio_limit"]) == (10.0, 10.0, 0.5)
+    assert (got["peer"], got["peer_value"], got["ratio_peer"]) == ("two", 5.0, 2.0)
+    assert got["holds"] is True
+    assert got["peers"][2] == {"peer": "three", "absent": "absent"}
+    assert report(row("less", 0.4), values)["holds"] is False
+    assert report(row("less"), values)["peer"] == "one"
+    assert report(row("less"), values)["holds"] is None
+
+
+def test_spread() -> None:
+    assert spread([5.0]) == 0
+    assert spread([float(i) for i in range(1, 12)]) == pytest.approx((10 - 2) / 6)
+
+
+def test_rounds_interleave_and_begin_with_another_each_time() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    rows = [Row(i, "", "", "more", partial(measure, f"{i} ours"), partial(measure, f"{i} limit"), "", {}) for i in ("a", "b")]
+    results = run(rows, 2, lambda text: None)
+    assert order == ["a ours", "a limit", "b ours", "b limit", "a limit", "a ours", "b limit", "b ours"]
+    assert "a " in table(results)
+
+
+def test_a_pair_meets_and_a_failed_one_is_an_error() -> None:
+    def side(meet: harness.Meet) -> int:
+        meet()
+        return os.getpid()
+
+    server, client = pair(side, side)
+    assert len({server, client, os.getpid()}) == 3
+
+    def fails(meet: harness.Meet) -> int:
+        raise ValueError("on purpose")
+
+    for sides in ((fails, side), (side, fails)):
+        with pytest.raises(Failed):
+            pair(*sides)
+
+
+def test_rings_as_one_document() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "bench", "rings", "--quick", "--json", "--rounds", "1"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr  # 1: a gate is missed, as one round on a busy machine may
+    document = json.loads(done.stdout)
+    assert document["benchmark"] == "rings" and document["quick"] is True and document["rounds"] == 1
+    ids = [row["id"] for row in document["rows"]]
+    assert {ident.split("-")[0] for ident in ids} == {"a1", "a2", "a3", "a4"} and len(set(ids)) == len(ids)
+    for row in document["rows"]:
+        assert list(row) == KEYS
+        assert row["ours"] > 0 and row["limit"] > 0
+    assert {peer["peer"] for row in document["rows"] for peer in row["peers"]} >= {
+        "os.pipe",
+        "multiprocessing.Queue",
+        "membridge",
+    }
