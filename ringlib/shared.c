@@ -342,13 +342,20 @@ int32_t shared_sleep(void *state, uint32_t want, int64_t ns)
 
 static int32_t do_pending(struct shared *s, const struct call *c)
 {
-    int32_t r = s->side == FRONT && one_way(s) ? ring_front_take(&s->front, NULL, s->nr_ents) : 0;
+    int32_t r, was_closed = closed(s);
 
     (void)c;
-    return r < 0 ? r : (int32_t)(s->side == FRONT ? front_outstanding(&s->front) : back_unanswered(&s->back));
+    if (s->side == BACK)
+        return (int32_t)back_unanswered(&s->back);
+    if (!one_way(s))
+        return (int32_t)front_outstanding(&s->front);
+    r = ring_front_take(&s->front, NULL, s->nr_ents);
+    if (r >= 0)
+        r = (int32_t)front_outstanding(&s->front);
+    return r > 0 && was_closed ? -EPIPE : r;
 }
 
-/* Front: published and not answered; back: taken and not answered. */
+/* Front: published and not answered; back: taken and not answered. -EPIPE: one way, and what is left will never be taken. */
 int32_t shared_pending(void *state) { return guarded(state, do_pending, NULL); }
 
 uint32_t shared_notifications(void *state) { return ((struct shared *)state)->notifications; }

@@ -177,7 +177,10 @@ class SharedRing:
 
     @property
     def pending(self) -> int:
-        """Front: records sent whose answer was not taken; one way: not known to be taken. Back: taken and not answered."""
+        """Front: records sent whose answer was not taken; one way: not known to be taken. Back: taken and not answered.
+
+        Raises Broken, also where a one-way back closed and left some.
+        """
         return self._checked(lib.shared_pending(self._state))
 
     @property
@@ -232,7 +235,10 @@ class SharedRing:
                 yield batch[at : at + size]
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until the back has taken all that was put and comes for more, or closed: closing loses nothing. One way only."""
+        """Wait until the back has taken all that was put and comes for more: closing loses nothing then. One way only.
+
+        Raises TimeoutError, Broken.
+        """
         if self.received_size or self._side == BACK:
             raise ValueError("the answers say what was taken")
         end = None if timeout is None else time.monotonic() + timeout
@@ -315,7 +321,7 @@ def _pidfd(pid: int, born: int) -> int | None:
     """A descriptor of the process, if it lives; the start time tells it from a later one of that number."""
     try:
         fd = os.pidfd_open(pid) if pid else None
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: a number that a peer made up
         return None
     if fd is not None and (_ended(fd) or _born(pid) != born):
         os.close(fd)

@@ -295,6 +295,8 @@ def test_a_full_ring_whose_back_closes() -> None:
             ring.put(records(0, 1), TIMEOUT)
         with pytest.raises(Broken, match="closed"):
             ring.publish(records(0, 1))
+        with pytest.raises(Broken, match="closed"):
+            ring.drain(TIMEOUT)
 
 
 def put_and_close(name: str, count: int) -> None:

@@ -113,6 +113,14 @@ def test_a_later_process_of_the_same_number_is_not_the_peer() -> None:
     check_a_later_process_is_told_apart(TIMEOUT)
 
 
+def test_a_made_up_process_is_not_the_peer() -> None:
+    for pid, born in ((0xFFFFFFFF, 0), (0x7FFFFFFF, 0), (os.getpid(), 2**64 - 1)):
+        with both() as (front, back):
+            shared._sign(front._fd, shared.FRONT, pid, born)
+            with pytest.raises(Broken, match="died"):
+                back.get(timeout=TIMEOUT)
+
+
 # ---- hostile peers
 
 
