@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 FOREIGN = -1  # the "reference" of a mapping the builder made
+MAX_HANDLE = 0xFFFFFFFF  # 0 is none; a patient guest comes round
 
 
 @dataclass(eq=False)
@@ -65,8 +66,10 @@ def address_is_free(domain: Domain, va: int) -> bool:
 
 def hold(hv: Hypervisor, granter: Domain, grantee: Domain, ref: int, mfn: int, va: int, writable: bool) -> GrantMapping:
     """Record a mapping and take its references; cannot fail."""
+    while grantee.next_handle in grantee.maptrack:
+        grantee.next_handle = grantee.next_handle % MAX_HANDLE + 1
     mapping = GrantMapping(granter, grantee, ref, mfn, va, writable, grantee.next_handle)
-    grantee.next_handle += 1
+    grantee.next_handle = grantee.next_handle % MAX_HANDLE + 1
     hv.frames.get(mfn, writable)
     grantee.maptrack[mapping.handle] = mapping
     grantee.reserved_vas.add(va)

@@ -127,9 +127,11 @@ class StandIn(Hypervisor):
 
     def serve_all(self) -> None:
         """Every monitor answers until nothing is under way."""
-        while any(not space.dead and space.waiting() and space.serve() for space in self.spaces.values()):
-            self.loop.settle(2)
         self.settle()
+        while asked := [space for space in self.spaces.values() if not space.dead and space.waiting()]:
+            for space in asked:
+                space.serve()
+            self.settle()
 
     # ---- what must hold at any moment
 
