@@ -416,7 +416,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(a=who, b=who, ref=number, va=number, count=st.sampled_from([1, 3, 100]), readonly=st.booleans())
     def map(self, a: int, b: int, ref: int, va: int, count: int, readonly: bool) -> None:
+        """Of `b`; where it has nothing for `a`, of whoever has."""
         self.game.map(a, b, ref, va, count, readonly)
+        if self.game.alive(a) and not self.game.hv.domains[a].maptrack:
+            self.game.map(a, self.game.granter_for(a) or b, ref, va, count, readonly)
 
     @rule(a=who, first=number, count=st.integers(1, 70))
     def unmap(self, a: int, first: int, count: int) -> None:
