@@ -19,8 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "gate.h"
 #include "guest.h"
+#include "hv.h"
 
 #define PORTS 96   /* in two words of the bitmap */
 #define AT_ONCE 3  /* ports a drain hands out: a full one happens often */
@@ -32,6 +32,7 @@ static struct shared {
     _Atomic uint32_t wants_unmask[PORTS];
     _Atomic int over;
 } *sh;
+static struct evt_end to; /* the guest, as the hypervisor has it */
 static int doorbell;
 static uint32_t seed;
 
@@ -103,7 +104,7 @@ static void guest(void)
 static void unmask_what_is_asked(void)
 {
     for (uint32_t port = 0; port < PORTS; port++)
-        if (sh->wants_unmask[port] && atomic_exchange(&sh->wants_unmask[port], 0) && evtchn_unmask(sh->page, port))
+        if (sh->wants_unmask[port] && atomic_exchange(&sh->wants_unmask[port], 0) && evtchn_unmask(&to, port))
             ring();
 }
 
@@ -122,6 +123,7 @@ int main(int argc, char **argv)
     pid_t child;
 
     sh = mmap(NULL, sizeof *sh, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    to.shared_info = sh;
     doorbell = eventfd(0, EFD_NONBLOCK);
     child = sh == MAP_FAILED || doorbell < 0 ? -1 : fork();
     if (child < 0)
@@ -136,7 +138,7 @@ int main(int argc, char **argv)
             uint32_t port = rnd(2) ? rnd(PORTS) : rnd(4);
 
             sh->sent[port]++;
-            if (evtchn_set_pending(sh->page, port))
+            if (evtchn_notify(&to, port))
                 ring();
         }
         for (uint32_t turn = 0; !all_seen() && !lost; turn++) {
