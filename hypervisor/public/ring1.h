@@ -1,0 +1,388 @@
+/* ring1's contract for C: the numbers and records of hypervisor/public, and how a hypercall is written down.
+ *
+ * For freestanding programs: needs the compiler's <stddef.h> and <stdint.h> and nothing else. ABI.md says what everything
+ * means and who writes what; io/ring1_io.h has the devices. Names are Xen's where Xen has the thing, RING1_ where it is
+ * ours. tests/contracts/test_header.py compares every value here with the Python, and ABI.md with both.
+ *
+ * x86-64, little-endian. What the other side may be changing is read by __atomic_load_n, once; only the copy is believed. */
+#ifndef RING1_H
+#define RING1_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define RING1_SIZE(name, size) _Static_assert(sizeof(struct name) == (size), "size of " #name)
+#define RING1_AT(name, field, at) _Static_assert(offsetof(struct name, field) == (at), "offset of " #name "." #field)
+
+#define RING1_ABI_MAJOR 0
+#define RING1_ABI_MINOR 1
+
+/* ---- where everything lies: guest-virtual addresses; va is seen at host address RING1_KERNEL_WINDOW + va */
+
+#define RING1_PAGE_SIZE 4096
+#define RING1_PAGE_SHIFT 12
+#define RING1_SPACE_BYTES 0x8000000000
+#define RING1_KERNEL_WINDOW 0x200000000000
+#define RING1_VIRT_BASE 0x100000           /* the reservation: frame pfn at VIRT_BASE + pfn * 4096 */
+#define RING1_GRANT_BASE 0x4000000000      /* from here to HYPERVISOR_VIRT_START a domain maps what it was granted */
+#define RING1_HYPERVISOR_VIRT_START 0x7ffc000000 /* the top 64 MB */
+#define RING1_MONITOR_CODE 0x7ffc000000
+#define RING1_COMMANDS 0x7ffc001000
+#define RING1_COMMAND_PAGES 3
+#define RING1_SHARED_INFO 0x7ffffff000     /* the last page, read-write */
+
+#define RING1_SHARED_INFO_PFN 0
+#define RING1_START_INFO_PFN 1
+#define RING1_STORE_PFN 2
+#define RING1_CONSOLE_PFN 3
+#define RING1_GRANT_PFN 4
+#define RING1_GRANT_FRAMES 8
+#define RING1_GRANT_ENTRIES 4096
+#define RING1_KERNEL_PFN 12                /* the first frame that is the kernel's own */
+
+#define RING1_FD_REQUEST 8                 /* POSIX queue: hypercalls out */
+#define RING1_FD_REPLY 9                   /* POSIX queue: replies in */
+#define RING1_FD_UPCALL 10                 /* signalfd of RING1_UPCALL_SIGNAL */
+#define RING1_FD_DESCRIPTORS 11            /* driver domains only */
+#define RING1_UPCALL_SIGNAL 12             /* SIGUSR2, blocked for good */
+#define RING1_FAULT_NR 0x1f00              /* reserved: a system call that does not exist */
+
+/* ---- limits */
+
+#define RING1_MESSAGE_BYTES 256
+#define RING1_MESSAGES 2
+#define RING1_NR_EVENT_CHANNELS 4096
+#define RING1_MAX_PORTS 1024
+#define RING1_MAX_MAPTRACK 8192
+#define RING1_MAX_BATCH 512
+#define RING1_NAME_BYTES 32
+#define RING1_CONSOLE_BYTES 200
+
+#define DOMID_FIRST_RESERVED 0x7ff0
+#define DOMID_SELF 0x7ff0
+#define DOMID_INVALID 0x7ff4
+
+#define VIRQ_TIMER 0
+#define VIRQ_DEBUG 1
+#define VIRQ_CONSOLE 2                     /* dom0 */
+#define VIRQ_DOM_EXC 3                     /* dom0 */
+#define RING1_NR_VIRQS 24
+
+enum {                                     /* statuses of a reply; 0 is success */
+    XEN_EPERM = 1,
+    XEN_ENOENT = 2,
+    XEN_ESRCH = 3,
+    XEN_E2BIG = 7,
+    XEN_EAGAIN = 11,
+    XEN_ENOMEM = 12,
+    XEN_EFAULT = 14,
+    XEN_EBUSY = 16,
+    XEN_EEXIST = 17,
+    XEN_EINVAL = 22,
+    XEN_ENOSPC = 28,
+    XEN_ENOSYS = 38,
+};
+
+/* ---- hypercalls: the number, then the sub-operation (its first field), then the fields */
+
+#define __HYPERVISOR_memory_op 12
+#define XENMEM_current_reservation 3       /* u16 domid -> frames */
+#define XENMEM_maximum_reservation 4       /* u16 domid -> frames */
+
+#define __HYPERVISOR_multicall 13          /* no sub-operation: u64 address, u32 count */
+#define __HYPERVISOR_set_timer_op 15       /* no sub-operation: u64 deadline_ns */
+
+#define __HYPERVISOR_xen_version 17
+#define XENVER_version 0                   /* -> major << 16 | minor */
+#define XENVER_extraversion 1              /* -> text */
+#define XENVER_pagesize 7                  /* -> bytes */
+
+#define __HYPERVISOR_console_io 18
+#define CONSOLEIO_write 0                  /* bytes data */
+
+#define __HYPERVISOR_grant_table_op 20
+#define GNTTABOP_map_grant_ref 0           /* u64 address, u32 count -> how many with status 0 */
+#define GNTTABOP_unmap_grant_ref 1         /* u64 address, u32 count -> how many with status 0 */
+#define GNTTABOP_query_size 6              /* u16 domid -> nr_frames, max_nr_frames */
+
+#define __HYPERVISOR_sched_op 29
+#define SCHEDOP_yield 0
+#define SCHEDOP_block 1
+#define SCHEDOP_shutdown 2                 /* u32 reason, u32 code, text why; no reply */
+
+#define __HYPERVISOR_event_channel_op 32
+#define EVTCHNOP_bind_interdomain 0        /* u16 remote_domid, u32 remote_port -> port */
+#define EVTCHNOP_bind_virq 1               /* u32 virq -> port */
+#define EVTCHNOP_close 3                   /* u32 port */
+#define EVTCHNOP_send 4                    /* u32 port */
+#define EVTCHNOP_status 5                  /* u16 domid, u32 port -> state, remote_domid, remote_port, virq */
+#define EVTCHNOP_alloc_unbound 6           /* u16 domid, u16 remote_domid -> port */
+#define EVTCHNOP_bind_ipi 7                /* -> port */
+#define EVTCHNOP_unmask 9                  /* u32 port */
+#define EVTCHNOP_reset 10
+
+#define __HYPERVISOR_sysctl 35             /* dom0's */
+#define XEN_SYSCTL_readconsole 1           /* u64 address, u32 size -> length */
+#define XEN_SYSCTL_physinfo 3              /* u64 address, u32 size -> length */
+#define XEN_SYSCTL_getdomaininfolist 6     /* u64 address, u32 size -> length */
+#define RING1_SYSCTL_ledger 1000           /* u64 address, u32 size -> length */
+#define RING1_SYSCTL_process_memory 1001   /* u16 domid -> KiB */
+
+#define __HYPERVISOR_domctl 36             /* dom0's */
+#define XEN_DOMCTL_createdomain 1          /* text name, u32 nr_frames, u32 flags, u32 nr_descriptors, text entry -> domid */
+#define XEN_DOMCTL_destroydomain 2         /* u16 domid */
+#define XEN_DOMCTL_pausedomain 3           /* u16 domid */
+#define XEN_DOMCTL_unpausedomain 4         /* u16 domid */
+#define XEN_DOMCTL_getdomaininfo 5         /* u16 domid -> 16 values */
+#define RING1_DOMCTL_map_foreign 1000      /* u16 domid, u32 pfn, u32 count, u64 address */
+#define RING1_DOMCTL_unmap_foreign 1001    /* u64 address, u32 count */
+#define RING1_DOMCTL_launch_info 1002      /* u16 domid, u64 entry, u32 text_pfn, u32 text_count */
+
+enum {
+    EVTCHNSTAT_closed = 0,
+    EVTCHNSTAT_unbound = 1,
+    EVTCHNSTAT_interdomain = 2,
+    EVTCHNSTAT_virq = 4,
+    EVTCHNSTAT_ipi = 5,
+};
+enum {
+    SHUTDOWN_poweroff = 0,
+    SHUTDOWN_reboot = 1,
+    SHUTDOWN_suspend = 2,
+    SHUTDOWN_crash = 3,
+    SHUTDOWN_watchdog = 4,
+};
+enum {
+    RING1_CREATE_NONE = 0,
+    RING1_CREATE_NATIVE = 1,
+    RING1_CREATE_DRIVER = 2,
+    RING1_CREATE_DEBUG = 4,
+    RING1_CREATE_UNFILTERED = 8,
+};
+
+struct multicall_entry {
+    uint64_t op;
+    int64_t result;                        /* OUT: the value, or minus a status */
+    uint64_t args[6];                      /* the sub-operation where there is one, the fields, zeros */
+};
+RING1_SIZE(multicall_entry, 64); RING1_AT(multicall_entry, op, 0); RING1_AT(multicall_entry, result, 8);
+RING1_AT(multicall_entry, args, 16);
+
+/* ---- start of day: the page that the kernel is entered with */
+
+#define RING1_MAGIC "ring1-0.1-x86_64"
+#define RING1_CMDLINE_BYTES 1024
+#define RING1_EXTENSION 2048
+#define SIF_PRIVILEGED 1
+#define SIF_INITDOMAIN 2
+
+struct start_info {
+    char magic[32];
+    uint64_t nr_pages;
+    uint64_t shared_info;                  /* guest-virtual */
+    uint32_t flags;                        /* SIF_* */
+    uint64_t store_pfn;
+    uint32_t store_evtchn;
+    uint64_t console_pfn;
+    uint32_t console_evtchn;
+    uint64_t pt_base, nr_pt_frames, mfn_list; /* 0 */
+    uint64_t mod_start, mod_len;           /* guest-virtual; 0 for a native kernel */
+    char cmd_line[RING1_CMDLINE_BYTES];
+    uint64_t first_p2m_pfn, nr_p2m_frames; /* 0 */
+};
+RING1_SIZE(start_info, 1168); RING1_AT(start_info, magic, 0); RING1_AT(start_info, nr_pages, 32);
+RING1_AT(start_info, shared_info, 40); RING1_AT(start_info, flags, 48); RING1_AT(start_info, store_pfn, 56);
+RING1_AT(start_info, store_evtchn, 64); RING1_AT(start_info, console_pfn, 72); RING1_AT(start_info, console_evtchn, 80);
+RING1_AT(start_info, pt_base, 88); RING1_AT(start_info, nr_pt_frames, 96); RING1_AT(start_info, mfn_list, 104);
+RING1_AT(start_info, mod_start, 112); RING1_AT(start_info, mod_len, 120); RING1_AT(start_info, cmd_line, 128);
+RING1_AT(start_info, first_p2m_pfn, 1152); RING1_AT(start_info, nr_p2m_frames, 1160);
+
+struct ring1_start_info {                  /* ring1's own part, at RING1_EXTENSION of the same page */
+    uint64_t virt_base;                    /* RING1_VIRT_BASE */
+    uint64_t window;                       /* host address of guest-virtual 0 */
+    uint32_t domid;
+    int32_t request_mqd, reply_mqd, upcall_fd;
+    int32_t descriptors_fd;                /* -1 where there is none */
+    uint32_t pad;
+    uint64_t boot_ns;                      /* CLOCK_MONOTONIC at which the hypervisor booted */
+    uint64_t grant_table;                  /* guest-virtual */
+    uint64_t shared_info;                  /* as above */
+    uint32_t nr_grant_entries, pad1;
+    char name[64];
+    char entry[64];                        /* "" for a native kernel */
+};
+RING1_SIZE(ring1_start_info, 200); RING1_AT(ring1_start_info, virt_base, 0); RING1_AT(ring1_start_info, window, 8);
+RING1_AT(ring1_start_info, domid, 16); RING1_AT(ring1_start_info, request_mqd, 20);
+RING1_AT(ring1_start_info, reply_mqd, 24); RING1_AT(ring1_start_info, upcall_fd, 28);
+RING1_AT(ring1_start_info, descriptors_fd, 32); RING1_AT(ring1_start_info, boot_ns, 40);
+RING1_AT(ring1_start_info, grant_table, 48); RING1_AT(ring1_start_info, shared_info, 56);
+RING1_AT(ring1_start_info, nr_grant_entries, 64); RING1_AT(ring1_start_info, name, 72);
+RING1_AT(ring1_start_info, entry, 136);
+
+struct ring1_start_page {
+    struct start_info xen;
+    uint8_t pad[RING1_EXTENSION - sizeof(struct start_info)];
+    struct ring1_start_info own;
+};
+RING1_SIZE(ring1_start_page, 2248); RING1_AT(ring1_start_page, own, RING1_EXTENSION);
+
+/* ---- shared_info: the page that the hypervisor and the kernel both write, at RING1_SHARED_INFO and in frame 0 */
+
+struct vcpu_time_info {                    /* not filled in this version */
+    uint32_t version, pad0;
+    uint64_t tsc_timestamp, system_time;
+    uint32_t tsc_to_system_mul;
+    int8_t tsc_shift;
+    uint8_t flags, pad1[2];
+};
+RING1_SIZE(vcpu_time_info, 32); RING1_AT(vcpu_time_info, version, 0); RING1_AT(vcpu_time_info, tsc_timestamp, 8);
+RING1_AT(vcpu_time_info, system_time, 16); RING1_AT(vcpu_time_info, tsc_to_system_mul, 24);
+RING1_AT(vcpu_time_info, tsc_shift, 28); RING1_AT(vcpu_time_info, flags, 29);
+
+struct vcpu_info {
+    uint8_t evtchn_upcall_pending;         /* the hypervisor sets it, the kernel clears it */
+    uint8_t evtchn_upcall_mask;            /* the kernel's; SCHEDOP_block clears it */
+    uint8_t pad[6];
+    uint64_t evtchn_pending_sel;           /* a bit for each word of evtchn_pending */
+    uint64_t cr2, arch_pad;                /* not filled in this version */
+    struct vcpu_time_info time;
+};
+RING1_SIZE(vcpu_info, 64); RING1_AT(vcpu_info, evtchn_upcall_pending, 0); RING1_AT(vcpu_info, evtchn_upcall_mask, 1);
+RING1_AT(vcpu_info, evtchn_pending_sel, 8);
+RING1_AT(vcpu_info, cr2, 16); RING1_AT(vcpu_info, arch_pad, 24); RING1_AT(vcpu_info, time, 32);
+
+struct shared_info {
+    struct vcpu_info vcpu_info[32];        /* a domain has one virtual CPU: the first */
+    uint64_t evtchn_pending[64];           /* port p is bit p % 64 of word p / 64 */
+    uint64_t evtchn_mask[64];
+    uint32_t wc_version, wc_sec, wc_nsec, wc_sec_hi; /* not filled in this version */
+    uint64_t arch[6];
+};
+RING1_SIZE(shared_info, 3136); RING1_AT(shared_info, vcpu_info, 0); RING1_AT(shared_info, evtchn_pending, 2048);
+RING1_AT(shared_info, evtchn_mask, 2560); RING1_AT(shared_info, wc_version, 3072); RING1_AT(shared_info, wc_sec, 3076);
+RING1_AT(shared_info, wc_nsec, 3080); RING1_AT(shared_info, wc_sec_hi, 3084); RING1_AT(shared_info, arch, 3088);
+
+/* ---- grants */
+
+enum {
+    GTF_invalid = 0,
+    GTF_permit_access = 1,
+    GTF_type_mask = 3,
+    GTF_readonly = 4,
+    GTF_reading = 8,
+    GTF_writing = 16,
+};
+enum {
+    GNTMAP_host_map = 2,
+    GNTMAP_readonly = 4,
+};
+enum {
+    GNTST_okay = 0,
+    GNTST_general_error = -1,
+    GNTST_bad_domain = -2,
+    GNTST_bad_gntref = -3,
+    GNTST_bad_handle = -4,
+    GNTST_bad_virt_addr = -5,
+    GNTST_no_device_space = -7,
+    GNTST_permission_denied = -8,
+};
+#define RING1_GREF_CONSOLE 0
+#define RING1_GREF_XENSTORE 1
+#define RING1_NR_RESERVED_ENTRIES 8
+
+struct grant_entry_v1 {                    /* one 64-bit word: write domid and frame first, flags last */
+    uint16_t flags, domid;
+    uint32_t frame;                        /* a pfn of the granter */
+};
+RING1_SIZE(grant_entry_v1, 8); RING1_AT(grant_entry_v1, flags, 0); RING1_AT(grant_entry_v1, domid, 2);
+RING1_AT(grant_entry_v1, frame, 4);
+
+struct gnttab_map_grant_ref {
+    uint64_t host_addr;                    /* guest-virtual, page-aligned, in [GRANT_BASE, HYPERVISOR_VIRT_START) */
+    uint32_t flags, ref;
+    uint16_t dom;
+    int16_t status;                        /* OUT */
+    uint32_t handle;                       /* OUT */
+    uint64_t dev_bus_addr;                 /* OUT: the mfn */
+};
+RING1_SIZE(gnttab_map_grant_ref, 32); RING1_AT(gnttab_map_grant_ref, host_addr, 0);
+RING1_AT(gnttab_map_grant_ref, flags, 8); RING1_AT(gnttab_map_grant_ref, ref, 12); RING1_AT(gnttab_map_grant_ref, dom, 16);
+RING1_AT(gnttab_map_grant_ref, status, 18); RING1_AT(gnttab_map_grant_ref, handle, 20);
+RING1_AT(gnttab_map_grant_ref, dev_bus_addr, 24);
+
+struct gnttab_unmap_grant_ref {
+    uint64_t host_addr, dev_bus_addr;      /* as it was mapped; not looked at */
+    uint32_t handle;
+    int16_t status;                        /* OUT */
+    uint16_t pad;
+};
+RING1_SIZE(gnttab_unmap_grant_ref, 24); RING1_AT(gnttab_unmap_grant_ref, host_addr, 0);
+RING1_AT(gnttab_unmap_grant_ref, dev_bus_addr, 8); RING1_AT(gnttab_unmap_grant_ref, handle, 16);
+RING1_AT(gnttab_unmap_grant_ref, status, 20);
+
+/* ---- messages: as much of msgpack as a hypercall needs. Each ring1_put returns the bytes written. */
+
+static inline uint32_t ring1_put_head(uint8_t *at, uint8_t kind, uint64_t value, uint32_t bytes)
+{
+    at[0] = kind;
+    for (uint32_t i = 0; i < bytes; i++)
+        at[1 + i] = (uint8_t)(value >> 8 * (bytes - 1 - i));
+    return 1 + bytes;
+}
+
+static inline uint32_t ring1_put_uint(uint8_t *at, uint64_t value) /* at most 9 bytes */
+{
+    if (value < 0x80)
+        return ring1_put_head(at, (uint8_t)value, 0, 0);
+    return value >> 32 ? ring1_put_head(at, 0xcf, value, 8) : ring1_put_head(at, 0xce, value, 4);
+}
+
+/* `kind`: 0xc4 for bytes, 0xd9 for text; size + 2 bytes are written. */
+static inline uint32_t ring1_put_string(uint8_t *at, uint8_t kind, const void *data, uint8_t size)
+{
+    for (uint32_t i = 0; i < size; i++)
+        at[2 + i] = ((const uint8_t *)data)[i];
+    return ring1_put_head(at, kind, size, 1) + size;
+}
+
+/* [op, sequence, n integers]; the sub-operation, where the call has one, is the first of them. `more` fields of text or
+ * bytes follow by ring1_put_string. n + more <= 13, so that at most 136 bytes are written here. */
+static inline uint32_t ring1_request(uint8_t *at, uint32_t op, uint32_t sequence, const uint64_t *fields, uint32_t n,
+                                     uint32_t more)
+{
+    uint32_t size = ring1_put_head(at, (uint8_t)(0x90 + 2 + n + more), 0, 0);
+
+    size += ring1_put_uint(at + size, op);
+    size += ring1_put_uint(at + size, sequence);
+    for (uint32_t i = 0; i < n; i++)
+        size += ring1_put_uint(at + size, fields[i]);
+    return size;
+}
+
+/* The item of a reply at message[*at], which moves behind it: the value of an integer, the count of an array, the length of
+ * a text, which then stands at message + *at - length. 0, or -1 where the message ends or holds what no reply has. */
+static inline int32_t ring1_get(const uint8_t *message, uint32_t size, uint32_t *at, int64_t *value)
+{
+    uint32_t kind = *at < size ? message[(*at)++] : 0xc1, bytes; /* 0xc1 is nothing */
+    uint64_t raw = 0;
+
+    if (kind < 0x80 || kind >= 0xe0) { /* -32..127 */
+        *value = (int8_t)kind;
+        return 0;
+    }
+    if (kind < 0xc0) { /* array of up to 15; text of up to 31 bytes; maps do not occur */
+        *value = kind & (kind < 0xa0 ? 15 : 31);
+        *at += kind < 0xa0 ? 0 : (uint32_t)*value;
+        return kind < 0x90 || *at > size ? -1 : 0;
+    }
+    bytes = kind >= 0xcc && kind <= 0xd3 ? 1u << (kind & 3) : kind == 0xd9 ? 1 : kind == 0xdc ? 2 : 9; /* 9: nothing */
+    if (bytes > 8 || size - *at < bytes)
+        return -1;
+    for (uint32_t i = 0; i < bytes; i++)
+        raw = raw << 8 | message[(*at)++];
+    *value = kind >= 0xd0 && kind <= 0xd3 ? (int64_t)(raw << (64 - 8 * bytes)) >> (64 - 8 * bytes) : (int64_t)raw;
+    *at += kind == 0xd9 ? (uint32_t)raw : 0;
+    return *at > size ? -1 : 0;
+}
+
+#endif
