@@ -1,0 +1,154 @@
+"""python tests/native/machine.py STATE JOBS: a hypervisor whose domains are native kernels, one after another, without a dom0.
+
+The real gate, zygote, monitors and hypercalls; only the builder's part is done here, by the hypervisor's own hand, from
+ABI.md section 3. JOBS is a JSON list of jobs; the last line of output is a JSON list of their ends.
+
+    job   {"kernel": path of an ELF file, "cmdline": text, "unfiltered": bool}
+    end   {"exit_code": int, "reason": text, "console": text, "said": [lines of console_io]}
+
+Domain 1, paused for ever, grants its frame KERNEL_PFN read-only to every job's domain in turn, as its entry 8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypervisor import domctl, evtchn, lifecycle
+from hypervisor.core import Hypervisor
+from hypervisor.domain import DOM0, Domain
+from hypervisor.host import Host
+from hypervisor.loop import Steps, run_task
+from hypervisor.public.domctl import CreateFlags, LaunchInfo, UnpauseDomain
+from hypervisor.public.evtchn import State
+from hypervisor.public.grant import ENTRY, NR_RESERVED_ENTRIES, Gtf
+from hypervisor.public.io import console
+from hypervisor.public.layout import (
+    CONSOLE_PFN,
+    FD_REPLY,
+    FD_REQUEST,
+    FD_UPCALL,
+    GRANT_ENTRIES,
+    GRANT_PFN,
+    KERNEL_PFN,
+    KERNEL_WINDOW,
+    SHARED_INFO,
+    START_INFO_PFN,
+    STORE_PFN,
+    VIRT_BASE,
+    virt,
+)
+from hypervisor.public.start_info import StartInfo
+from hypervisor.public.types import PAGE_SIZE
+
+FRAMES = 64
+GRANTER = 1
+GRANTED = 0x600D
+PORT = 1  # of the console; nobody is at its other end
+PROGRAM = struct.Struct("<IIQQQQQQ")  # a program header of ELF
+
+
+def segments(file: bytes) -> tuple[int, list[tuple[int, bytes, int, bool]]]:
+    """(entry, [(pfn, bytes, frames, executable)]) of an ELF file whose segments begin on pages."""
+    entry, at = struct.unpack_from("<QQ", file, 24)
+    out = []
+    for i in range(*struct.unpack_from("<H", file, 56)):
+        kind, flags, offset, va, _, in_file, in_memory, _ = PROGRAM.unpack_from(file, at + i * PROGRAM.size)
+        assert kind == 1 and va % PAGE_SIZE == 0
+        out.append(((va - VIRT_BASE) // PAGE_SIZE, file[offset : offset + in_file], -(-in_memory // PAGE_SIZE), bool(flags & 1)))
+    return entry, out
+
+
+class Machine:
+    def __init__(self, state: Path) -> None:
+        self.hv = hv = Hypervisor(Host(state), 1024)
+        self.dom0 = Domain(DOM0, "dom0", CreateFlags.DEBUG)  # a record, no process: somebody whose events may be lost
+        hv.domains[DOM0] = self.dom0
+        hv.host.drop_privileges()
+        self.granter = Domain(GRANTER, "granter", CreateFlags.NONE)
+        self.until_done(lifecycle.create(hv, self.granter, KERNEL_PFN + 1, ""))
+        hv.machine.write(self.granter.p2m[KERNEL_PFN], 0, struct.pack("<Q", GRANTED))
+
+    def until_done(self, steps: Steps, each_turn: Callable[[], None] = lambda: None) -> None:
+        """Turn the loop until a continuation has ended. Raises what it raised."""
+        ended: list[BaseException | None] = []
+
+        def done(_: Any, error: BaseException | None) -> None:
+            ended.append(error)
+            self.hv.loop.soon(lambda: None)  # this turn does not wait for a descriptor any more
+
+        run_task(steps, done)
+        while not ended:
+            each_turn()
+            self.hv.loop.step()
+        if ended[0] is not None:
+            raise ended[0]
+
+    def run(self, domid: int, job: dict[str, Any]) -> dict[str, Any]:
+        """The life of one domain."""
+        hv, flags = self.hv, CreateFlags.NATIVE | (CreateFlags.UNFILTERED if job["unfiltered"] else CreateFlags.NONE)
+        domain = Domain(domid, f"native{domid}", flags)
+        self.until_done(lifecycle.create(hv, domain, FRAMES, ""))
+        entry, image = segments(Path(job["kernel"]).read_bytes())
+        for pfn, data, _, _ in image:
+            for i in range(0, len(data), PAGE_SIZE):
+                hv.machine.write(domain.p2m[pfn + i // PAGE_SIZE], 0, data[i : i + PAGE_SIZE])
+        hv.machine.write(domain.p2m[START_INFO_PFN], 0, self.start_info(domain, job["cmdline"]).pack())
+        domain.ports[PORT] = evtchn.Channel(State.UNBOUND, DOM0)
+        grant = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, KERNEL_PFN)
+        hv.machine.write(self.granter.p2m[GRANT_PFN], NR_RESERVED_ENTRIES * ENTRY.size, grant)
+        text_pfn, _, text_count, _ = next(segment for segment in image if segment[3])
+        self.until_done(domctl.launch_info(hv, self.dom0, LaunchInfo(domid, entry, text_pfn, text_count)))
+        domctl.unpause(hv, self.dom0, UnpauseDomain(domid))
+        page = b""
+
+        def look() -> None:
+            nonlocal page
+            page = hv.machine.read(domain.p2m[CONSOLE_PFN], 0, PAGE_SIZE) if domain.alive else page
+
+        def life() -> Steps:
+            yield domain.dead
+
+        self.until_done(life(), look)
+        size = struct.unpack_from("<I", page, console.OUT_PROD)[0]
+        said = re.findall(rf"\] \({domain.name}\) (.*)", hv.log_text())
+        return {
+            "exit_code": domain.exit_code,
+            "reason": domain.reason,
+            "console": page[console.OUT : console.OUT + size].decode(),
+            "said": said,
+        }
+
+    def start_info(self, domain: Domain, cmdline: str) -> StartInfo:
+        return StartInfo(
+            FRAMES, 0, STORE_PFN, 0, CONSOLE_PFN, PORT, 0, 0, cmdline, domain.domid, domain.name, VIRT_BASE, KERNEL_WINDOW,
+            SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, -1, self.hv.boot_ns, virt(GRANT_PFN), GRANT_ENTRIES, "",
+        )  # fmt: skip
+
+    def end(self) -> None:
+        self.hv.frames.check()
+        self.hv.zygote.stopping = True
+        for pid in self.hv.children.live():
+            os.kill(pid, signal.SIGKILL)
+        while self.hv.children.live():
+            self.hv.loop.step()
+
+
+def main() -> None:
+    machine = Machine(Path(sys.argv[1]))
+    try:
+        ends = [machine.run(GRANTER + 1 + i, job) for i, job in enumerate(json.loads(sys.argv[2]))]
+    finally:
+        machine.end()
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main()
