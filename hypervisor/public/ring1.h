@@ -138,6 +138,10 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define RING1_DOMCTL_unmap_foreign 1001    /* u64 address, u32 count */
 #define RING1_DOMCTL_launch_info 1002      /* u16 domid, u64 entry, u32 text_pfn, u32 text_count */
 
+#define RING1_OP_callring 48               /* __HYPERVISOR_arch_0 of Xen */
+#define RING1_CALLRING_setup 0             /* u64 address */
+#define RING1_CALLRING_kick 1              /* the doorbell: replies when everything in the ring was answered */
+
 enum {
     EVTCHNSTAT_closed = 0,
     EVTCHNSTAT_unbound = 1,
@@ -167,6 +171,15 @@ struct multicall_entry {
 };
 RING1_SIZE(multicall_entry, 64); RING1_AT(multicall_entry, op, 0); RING1_AT(multicall_entry, result, 8);
 RING1_AT(multicall_entry, args, 16);
+
+/* The hypercall ring: io/ring.h with requests of multicall_entry and these responses, in order. */
+#define RING1_CALLRING_NR_ENTRIES 32
+
+struct ring1_callring_answer {
+    uint64_t op;
+    int64_t result;
+};
+RING1_SIZE(ring1_callring_answer, 16); RING1_AT(ring1_callring_answer, op, 0); RING1_AT(ring1_callring_answer, result, 8);
 
 /* ---- start of day: the page that the kernel is entered with */
 

@@ -10,7 +10,6 @@ A record is a list of (offset, type, field) with types u8..u64, s8..s64, char an
 from __future__ import annotations
 
 import ast
-import dataclasses
 import errno
 import inspect
 import re
@@ -25,6 +24,7 @@ from typing import Any
 from hypervisor import dispatch
 from hypervisor.gate import boot
 from hypervisor.public import (
+    callring,
     console,
     domctl,
     errors,
@@ -54,7 +54,7 @@ Value = int | str
 
 PREFIX: dict[ModuleType, str] = {
     types: "RING1_", layout: "RING1_", start_info: "RING1_", version: "RING1_", grant: "RING1_", domctl: "RING1_",
-    blkif: "BLKIF_", netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
+    callring: "RING1_CALLRING_", blkif: "BLKIF_", netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
     console: "", evtchn: "", memory: "", sched: "", sysctl: "", errors: "", xenbus: "", io_console: "",
 }  # fmt: skip
 XEN_SAYS_SO = ("DOMID_", "VIRQ_", "SIF_")
@@ -73,9 +73,11 @@ ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
     xenbus.XenbusState: lambda name: "XenbusState" + "".join(word.capitalize() for word in name.split("_")),
 }
 OPS = {
-    "OP_MEMORY": "memory_op", "OP_MULTICALL": "multicall", "OP_SET_TIMER": "set_timer_op", "OP_XEN_VERSION": "xen_version",
-    "OP_CONSOLE_IO": "console_io", "OP_GRANT_TABLE": "grant_table_op", "OP_SCHED": "sched_op",
-    "OP_EVENT_CHANNEL": "event_channel_op", "OP_SYSCTL": "sysctl", "OP_DOMCTL": "domctl",
+    "OP_MEMORY": "__HYPERVISOR_memory_op", "OP_MULTICALL": "__HYPERVISOR_multicall",
+    "OP_SET_TIMER": "__HYPERVISOR_set_timer_op", "OP_XEN_VERSION": "__HYPERVISOR_xen_version",
+    "OP_CONSOLE_IO": "__HYPERVISOR_console_io", "OP_GRANT_TABLE": "__HYPERVISOR_grant_table_op",
+    "OP_SCHED": "__HYPERVISOR_sched_op", "OP_EVENT_CHANNEL": "__HYPERVISOR_event_channel_op",
+    "OP_SYSCTL": "__HYPERVISOR_sysctl", "OP_DOMCTL": "__HYPERVISOR_domctl", "OP_CALLRING": "RING1_OP_callring",
 }  # fmt: skip
 CALLS = {
     "CurrentReservation": "XENMEM_current_reservation", "MaximumReservation": "XENMEM_maximum_reservation",
@@ -94,9 +96,11 @@ CALLS = {
     "PauseDomain": "XEN_DOMCTL_pausedomain", "UnpauseDomain": "XEN_DOMCTL_unpausedomain",
     "GetDomainInfo": "XEN_DOMCTL_getdomaininfo", "MapForeign": "RING1_DOMCTL_map_foreign",
     "UnmapForeign": "RING1_DOMCTL_unmap_foreign", "LaunchInfo": "RING1_DOMCTL_launch_info",
+    "CallringSetup": "RING1_CALLRING_setup", "CallringKick": "RING1_CALLRING_kick",
 }  # fmt: skip
 RECORDS = {  # format characters of struct, in the order of the record's fields
     "multicall_entry": dispatch.ENTRY.format,
+    "ring1_callring_answer": callring.ANSWER.format,
     "start_info": start_info._XEN.format,
     "ring1_start_info": start_info._OWN.format,
     "grant_entry_v1": grant.ENTRY.format,
@@ -131,6 +135,8 @@ SIZES = {  # and those that it says as a size
     (io_console, "OUT_BYTES"): ("xencons_interface", "out"),
     (blkif, "REQUEST_BYTES"): ("blkif_request", ""),
     (blkif, "RESPONSE_BYTES"): ("blkif_response", ""),
+    (callring, "ENTRY_BYTES"): ("multicall_entry", ""),
+    (callring, "ANSWER_BYTES"): ("ring1_callring_answer", ""),
 }
 CODES = {"B": "u8", "H": "u16", "h": "s16", "I": "u32", "i": "s32", "Q": "u64", "q": "s64"}
 
@@ -160,7 +166,7 @@ def python_constants() -> dict[str, Value]:
         out |= {rule(name): int(member) for name, member in enum.__members__.items()}
     out |= {f"XEN_{errno.errorcode[number]}": number for number in errors.BY_ERRNO}
     out["RING1_UPCALL_SIGNAL"] = int(boot.UPCALL_SIGNAL)
-    out |= {f"__HYPERVISOR_{OPS[name]}": number for name, number in vars(hypercall).items() if name.startswith("OP_")}
+    out |= {OPS[name]: number for name, number in vars(hypercall).items() if name.startswith("OP_")}
     out |= {CALLS[kind.__name__]: kind.CMD for kind in hypercall.ALL.values() if kind.OP in hypercall.WITH_CMD}
     return out
 
@@ -189,8 +195,7 @@ def python_record(form: str) -> list[tuple[int, str]]:
 def python_fields(kind: type[Hypercall[Any]]) -> str:
     """The fields of a call as ABI.md writes them."""
     words = []
-    names = (field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
-    for name, field in zip(names, kind.FIELDS, strict=True):
+    for name, field in zip(kind.__struct_fields__, kind.FIELDS, strict=True):
         if isinstance(field, Bits):
             words.append(f"u{field.bits} {name}")
         else:

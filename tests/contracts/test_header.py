@@ -272,13 +272,13 @@ def test_a_wrong_layout_does_not_compile(tmp_path: Path, old: str) -> None:
 
 def test_every_drifting_word_is_found(header: Header) -> None:
     """Each row of each table of ABI.md in turn, with one more than its first number; then without the row."""
-    lines = ABI.splitlines()
+    lines, before = ABI.splitlines(), set(drift_of_words(header, Abi(ABI)))
     rows = list(_rows(lines))
     assert len(rows) > 300
     for i in rows:
         for changed in (_one_more(lines[i]), ""):
             words = lines[:i] + [changed] * bool(changed) + lines[i + 1 :]
-            assert drift_of_words(header, Abi("\n".join(words))), f"not found: {lines[i]} -> {changed}"
+            assert set(drift_of_words(header, Abi("\n".join(words)))) - before, f"not found: {lines[i]} -> {changed}"
 
 
 def _rows(lines: list[str]) -> Iterator[int]:
@@ -315,4 +315,4 @@ def _one_more(row: str) -> str:
 )
 def test_a_drifting_sentence_is_found(header: Header, old: str, new: str) -> None:
     assert ABI.count(old) == 1
-    assert drift_of_words(header, Abi(ABI.replace(old, new)))
+    assert set(drift_of_words(header, Abi(ABI.replace(old, new)))) - set(drift_of_words(header, Abi(ABI)))

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dom0 import elf
 from hypervisor import domctl, evtchn, lifecycle
 from hypervisor.core import Hypervisor
 from hypervisor.domain import DOM0, Domain
 from hypervisor.host import Host
 from hypervisor.loop import Steps, run_task
 from hypervisor.public.domctl import CreateFlags, LaunchInfo, UnpauseDomain
-from hypervisor.public.evtchn import State
+from hypervisor.public.evtchn import AllocUnbound
 from hypervisor.public.grant import ENTRY, NR_RESERVED_ENTRIES, Gtf
 from hypervisor.public.io import console
 from hypervisor.public.layout import (
@@ -51,19 +52,6 @@ from hypervisor.public.types import PAGE_SIZE
 FRAMES = 64
 GRANTER = 1
 GRANTED = 0x600D
-PORT = 1  # of the console; nobody is at its other end
-PROGRAM = struct.Struct("<IIQQQQQQ")  # a program header of ELF
-
-
-def segments(file: bytes) -> tuple[int, list[tuple[int, bytes, int, bool]]]:
-    """(entry, [(pfn, bytes, frames, executable)]) of an ELF file whose segments begin on pages."""
-    entry, at = struct.unpack_from("<QQ", file, 24)
-    out = []
-    for i in range(*struct.unpack_from("<H", file, 56)):
-        kind, flags, offset, va, _, in_file, in_memory, _ = PROGRAM.unpack_from(file, at + i * PROGRAM.size)
-        assert kind == 1 and va % PAGE_SIZE == 0
-        out.append(((va - VIRT_BASE) // PAGE_SIZE, file[offset : offset + in_file], -(-in_memory // PAGE_SIZE), bool(flags & 1)))
-    return entry, out
 
 
 class Machine:
@@ -96,16 +84,16 @@ class Machine:
         hv, flags = self.hv, CreateFlags.NATIVE | (CreateFlags.UNFILTERED if job["unfiltered"] else CreateFlags.NONE)
         domain = Domain(domid, f"native{domid}", flags)
         self.until_done(lifecycle.create(hv, domain, FRAMES, ""))
-        entry, image = segments(Path(job["kernel"]).read_bytes())
-        for pfn, data, _, _ in image:
-            for i in range(0, len(data), PAGE_SIZE):
-                hv.machine.write(domain.p2m[pfn + i // PAGE_SIZE], 0, data[i : i + PAGE_SIZE])
-        hv.machine.write(domain.p2m[START_INFO_PFN], 0, self.start_info(domain, job["cmdline"]).pack())
-        domain.ports[PORT] = evtchn.Channel(State.UNBOUND, DOM0)
+        image = elf.parse(Path(job["kernel"]).read_bytes())
+        for segment in image.segments:
+            for i in range(0, len(segment.data), PAGE_SIZE):
+                hv.machine.write(domain.p2m[segment.pfn + i // PAGE_SIZE], 0, segment.data[i : i + PAGE_SIZE])
+        port = evtchn.alloc_unbound(hv, self.dom0, AllocUnbound(domid, DOM0))  # of the console; dom0 never binds it
+        hv.machine.write(domain.p2m[START_INFO_PFN], 0, self.start_info(domain, port, job["cmdline"]).pack())
         grant = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, KERNEL_PFN)
         hv.machine.write(self.granter.p2m[GRANT_PFN], NR_RESERVED_ENTRIES * ENTRY.size, grant)
-        text_pfn, _, text_count, _ = next(segment for segment in image if segment[3])
-        self.until_done(domctl.launch_info(hv, self.dom0, LaunchInfo(domid, entry, text_pfn, text_count)))
+        launch = LaunchInfo(domid, image.entry, image.text.pfn, image.text.pages)
+        self.until_done(domctl.launch_info(hv, self.dom0, launch))
         domctl.unpause(hv, self.dom0, UnpauseDomain(domid))
         page = b""
 
@@ -126,10 +114,11 @@ class Machine:
             "said": said,
         }
 
-    def start_info(self, domain: Domain, cmdline: str) -> StartInfo:
+    def start_info(self, domain: Domain, console_port: int, cmdline: str) -> StartInfo:
         return StartInfo(
-            FRAMES, 0, STORE_PFN, 0, CONSOLE_PFN, PORT, 0, 0, cmdline, domain.domid, domain.name, VIRT_BASE, KERNEL_WINDOW,
-            SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, -1, self.hv.boot_ns, virt(GRANT_PFN), GRANT_ENTRIES, "",
+            FRAMES, 0, STORE_PFN, 0, CONSOLE_PFN, console_port, 0, 0, cmdline, domain.domid, domain.name, VIRT_BASE,
+            KERNEL_WINDOW, SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, -1, self.hv.boot_ns, virt(GRANT_PFN),
+            GRANT_ENTRIES, "",
         )  # fmt: skip
 
     def end(self) -> None:
