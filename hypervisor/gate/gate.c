@@ -174,16 +174,17 @@ long open_signalfd(int sig, int fd)
 }
 
 /* Enter a native kernel: rdi = rsi = start_info, the stack is the frame that ends its reservation (nr_pages @32 and
- * virt_base @2048 of start_info), flags clear. It never returns: what is below on this stack is the guest's to keep. */
+ * virt_base @2048 of start_info) with a return address of 0 on it, rbp 0, direction clear. It never returns: what is below
+ * on this stack is the guest's to keep. Every operand has a register of its own: between them, rsp and rbp change. */
 void enter_kernel(uint64_t entry, uint64_t start_info)
 {
     uint64_t pages = *(uint64_t *)(start_info + 32), base = *(uint64_t *)(start_info + 2048);
     uint64_t window = *(uint64_t *)(start_info + 2056), top = window + base + pages * 4096;
 
-    __asm__ volatile("mov %0,%%rsp\n xor %%ebp,%%ebp\n push %%rbp\n mov %1,%%rdi\n mov %1,%%rsi\n cld\n jmp *%2"
+    __asm__ volatile("mov %0,%%rsp\n xor %%ebp,%%ebp\n push %%rbp\n cld\n jmp *%1"
                      :
-                     : "r"(top), "r"(start_info), "r"(entry)
-                     : "memory", "rdi", "rsi");
+                     : "a"(top), "d"(entry), "D"(start_info), "S"(start_info)
+                     : "memory");
     __builtin_unreachable();
 }
 
