@@ -197,7 +197,11 @@ def launch_info(hv: Hypervisor, caller: Domain, call: abi.LaunchInfo) -> Steps:
     assert domain.monitor is not None
 
     domain.entry = call.entry
-    yield from domain.monitor.map([(virt(pfn), domain.p2m[pfn], PROT_READ | PROT_EXEC) for pfn in text])
+    try:
+        yield from domain.monitor.map([(virt(pfn), domain.p2m[pfn], PROT_READ | PROT_EXEC) for pfn in text])
+    except MonitorError as error:  # EPERM where /dev/shm is mounted noexec
+        domain.fail(f"its monitor could not map the kernel's code: {error}")
+        raise MonitorGone from None
     for pfn in text:  # the writable reference of the boot mapping becomes a read-only one
         mfn = domain.p2m[pfn]
         hv.frames.get(mfn, False)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+from array import array
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from dom0 import elf
+from hypervisor.core import Hypervisor
+from hypervisor.domain import Domain
+from hypervisor.domctl import launch_info
+from hypervisor.gate.monitor import Monitor, MonitorError, MonitorGone, Page
+from hypervisor.loop import Steps
+from hypervisor.public.domctl import CreateFlags, LaunchInfo
 from hypervisor.public.layout import KERNEL_PFN, virt
 from tests.conftest import TIMEOUT
 from tests.native.build import HERE, KERNELS, BuildError, build, compile_object
@@ -88,6 +97,25 @@ def test_an_address_in_initialized_data_is_refused(tmp_path: Path) -> None:
     source.write_text('const char *const names[] = {"one", "two"};\n')
     with pytest.raises(BuildError, match="R_X86_64_64: an address in initialized data"):
         compile_object(source, tmp_path)
+
+
+def test_code_that_cannot_be_mapped_ends_its_domain_and_nothing_else() -> None:
+    """As where /dev/shm is mounted noexec: EPERM for the executable mapping."""
+
+    def refuse(pages: list[Page]) -> Steps:
+        raise MonitorError(0, errno.EPERM)
+        yield
+
+    domain = Domain(5, "native", CreateFlags.NATIVE)
+    domain.p2m, domain.state = array("I", range(FRAMES)), "paused"
+    domain.monitor = cast(Monitor, SimpleNamespace(map=refuse))
+    ended: list[str] = []
+    domain.fail = ended.append
+    hv = cast(Hypervisor, SimpleNamespace(lookup=lambda domid: domain))
+    call = LaunchInfo(5, virt(KERNEL_PFN), KERNEL_PFN, 1)
+    with pytest.raises(MonitorGone):  # dom0's call answers that there is no such domain
+        next(launch_info(hv, Domain(0, "dom0", CreateFlags.NONE), call))
+    assert len(ended) == 1 and "could not map the kernel's code" in ended[0]
 
 
 # ---- they run
