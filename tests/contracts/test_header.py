@@ -19,6 +19,9 @@ from hypervisor.gate import boot, monitor, policy
 from hypervisor.public import domctl, errors, evtchn, grant, hypercall, layout
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.start_info import EXTENSION, StartInfo
+from hypervisor.public.types import PAGE_SIZE
+from ringlib._ring import ffi
+from ringlib.ring import FrontRing
 from tests.contracts.contract import (
     CALLS,
     ENUMS,
@@ -217,6 +220,22 @@ def test_a_ring_is_the_ring_of_ringlib(tmp_path: Path) -> None:
         '#include "io/ring1_io.h"\n#include "ring.h"\n' + "".join(f'_Static_assert({pair}, "");\n' for pair in pairs)
     )
     gcc("-std=c11", f"-I{PUBLIC}", f"-I{ROOT / 'ringlib'}", "-c", str(source), "-o", str(tmp_path / "ring.o"))
+
+
+@pytest.mark.parametrize(
+    ("request_tag", "response_tag", "sentence"),
+    [
+        ("blkif_request", "blkif_response", "One ring of {} slots of {} bytes."),
+        ("netif_tx_request", "netif_tx_response", "transmit, {} slots of {} bytes"),
+        ("netif_rx_request", "netif_rx_response", "receive, {} slots of {} bytes"),
+        ("multicall_entry", "ring1_callring_answer", "{} slots of {} bytes; the domain is the frontend"),
+    ],
+)
+def test_a_ring_has_the_slots_that_are_said(header: Header, request_tag: str, response_tag: str, sentence: str) -> None:
+    page = ffi.new("char[]", PAGE_SIZE)
+    sizes = header.sizes[request_tag], header.sizes[response_tag]
+    ring = FrontRing(int(ffi.cast("uintptr_t", page)), PAGE_SIZE, *sizes)
+    assert sentence.format(ring.nr_ents, max(sizes)) in " ".join(ABI.split())
 
 
 def test_the_kernels_page_begins_where_it_is_said(header: Header) -> None:

@@ -20,10 +20,11 @@ from hypervisor.domctl import launch_info
 from hypervisor.gate.monitor import Monitor, MonitorError, MonitorGone, Page
 from hypervisor.loop import Steps
 from hypervisor.public.domctl import CreateFlags, LaunchInfo
+from hypervisor.public.grant import NR_RESERVED_ENTRIES
 from hypervisor.public.layout import KERNEL_PFN, virt
 from tests.conftest import TIMEOUT
 from tests.native.build import HERE, KERNELS, BuildError, build, compile_object
-from tests.native.machine import FRAMES, GRANTED, GRANTER, NR_RESERVED_ENTRIES
+from tests.native.machine import FRAMES, GRANTED, GRANTER
 
 SIGSYS, SIGSEGV = "SIGSYS: ", "SIGSEGV: "
 FATAL = {
@@ -103,8 +104,8 @@ def test_code_that_cannot_be_mapped_ends_its_domain_and_nothing_else() -> None:
     """As where /dev/shm is mounted noexec: EPERM for the executable mapping."""
 
     def refuse(pages: list[Page]) -> Steps:
+        yield from ()
         raise MonitorError(0, errno.EPERM)
-        yield
 
     domain = Domain(5, "native", CreateFlags.NATIVE)
     domain.p2m, domain.state = array("I", range(FRAMES)), "paused"
