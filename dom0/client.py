@@ -44,20 +44,26 @@ class Connection:
 
     def __init__(self, state: Path | None = None) -> None:
         self.state = state or state_directory()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._unpacker = msgpack.Unpacker()
+        self._check_owner()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._check_owner()
             self._sock.connect(str(self.state / "control"))
         except OSError:
             self._sock.close()
-            raise HostError(f"no host is running in {self.state}; `ring1 up` starts one", exit_code=3) from None
+            raise self._nobody() from None
 
     def _check_owner(self) -> None:
         """A socket that somebody else put there would be handed our requests."""
-        info = self.state.lstat()
+        try:
+            info = self.state.lstat()
+        except OSError:
+            raise self._nobody() from None
         if not stat.S_ISDIR(info.st_mode) or info.st_uid not in (0, os.getuid()):
             raise HostError(f"state directory {self.state} is not ours")
+
+    def _nobody(self) -> HostError:
+        return HostError(f"no host is running in {self.state}; `ring1 up` starts one", exit_code=3)
 
     def __enter__(self) -> Connection:
         return self
@@ -154,7 +160,7 @@ def _await_ready(state: Path, process: subprocess.Popen[bytes]) -> int:
             if ended:
                 process.wait()
                 break
-            if is_running(state) and Connection(state).ask("hello")["hypervisor_pid"] == process.pid:
+            if _serves(state, process.pid):
                 process.returncode = 0  # it lives on by itself
                 return process.pid
         else:
@@ -165,6 +171,16 @@ def _await_ready(state: Path, process: subprocess.Popen[bytes]) -> int:
     said = (state / "hypervisor.log").read_bytes().decode(errors="replace").strip().splitlines()
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
     raise HostError(errors[-1] if errors else "\n".join(["the host did not start; it said last:", *said[-5:]]))
+
+
+def _serves(state: Path, pid: int) -> bool:
+    """Whether the host that listens there is the one whose hypervisor is `pid`."""
+    try:
+        with Connection(state) as host:
+            served: bool = host.ask("hello")["hypervisor_pid"] == pid
+            return served
+    except HostError:
+        return False
 
 
 def down(state: Path) -> None:
