@@ -18,12 +18,16 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgpack
 
 from hypervisor.gate import boot, policy
 from hypervisor.gate._gate import lib
 from hypervisor.loop import Loop, Resume, Wait
+
+if TYPE_CHECKING:
+    from hypervisor.domain import Process
 
 PRELOAD = """
     hypervisor.public.callring hypervisor.public.console hypervisor.public.domctl hypervisor.public.evtchn
@@ -43,7 +47,7 @@ class Zygote:
     def __init__(
         self,
         loop: Loop,
-        adopt: Callable[[int, Callable[[], None]], object],
+        adopt: Callable[[int, Callable[[], None]], Process],
         log: Callable[[str], None],
         give_up: Callable[[str], None],
     ) -> None:
@@ -56,11 +60,11 @@ class Zygote:
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = spawn(f"from hypervisor.zygote import main; main({theirs.fileno()}, {os.getpid()})", [theirs.fileno()])
+        pid = spawn(f"from hypervisor.zygote import main; main({theirs.fileno()}, {os.getpid()})", [theirs.fileno()])
         theirs.close()
         ours.setblocking(False)
-        self.pid = process
-        self._adopt(process, self._died)
+        self.pid = pid
+        self._process = self._adopt(pid, self._died)
         self._loop.watch(ours.fileno(), self._answered)
         return ours
 
@@ -93,6 +97,7 @@ class Zygote:
     def _died(self) -> None:
         self._loop.unwatch(self.sock.fileno())
         self.sock.close()
+        self._process.close()
         waiting, self._waiting = self._waiting, deque()
         for resume in waiting:
             resume(0)
