@@ -4,7 +4,8 @@
 pass through the same code. Permissions are Xen's: a node has an owner and a default letter for everybody else
 (n, r, w, b), and more entries (letter, domid). dom0 may everything. A new node belongs to who made it.
 
-Quotas, per domain but dom0: MAX_NODES, MAX_WATCHES, MAX_TRANSACTIONS, MAX_VALUE bytes.
+Quotas, per domain but dom0: MAX_NODES, MAX_WATCHES, MAX_TRANSACTIONS, MAX_VALUE bytes, and MAX_SEEN paths that one
+transaction asked for, whether they exist or not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 from hypervisor.public.io.xs_wire import ABS_PATH_MAX, REL_PATH_MAX, XsType
 
-MAX_NODES, MAX_WATCHES, MAX_TRANSACTIONS, MAX_VALUE = 1000, 128, 10, 2048
+MAX_NODES, MAX_WATCHES, MAX_TRANSACTIONS, MAX_VALUE, MAX_SEEN = 1000, 128, 10, 2048, 2000
 PATH = re.compile(r"/(?:[A-Za-z0-9@_.:-]+(?:/[A-Za-z0-9@_.:-]+)*)?\Z")
 PERM = re.compile(r"([nrwb])(\d{1,5})\Z")
 
@@ -106,17 +107,19 @@ class Store:
             tx.changed[path] = node
 
     def drop(self, path: str, tx: Transaction | None) -> None:
-        """The node and all below it."""
-        node = self.get(path, tx)
-        if node is None:
-            return
-        for name in list(node.children):
-            self.drop(f"{path.rstrip('/')}/{name}", tx)
-        if tx is None:
-            self.owned[node.owner] -= 1
-            del self.nodes[path]
-        else:
-            tx.changed[path] = None
+        """The node and all below it. A loop: how deep a tree is was a guest's choice, how deep we may recurse is not."""
+        doomed = [path]
+        while doomed:
+            path = doomed.pop()
+            node = self.get(path, tx)
+            if node is None:
+                continue
+            doomed += [f"{path.rstrip('/')}/{name}" for name in node.children]
+            if tx is None:
+                self.owned[node.owner] -= 1
+                del self.nodes[path]
+            else:
+                tx.changed[path] = None
 
     def commit(self, tx: Transaction) -> bool:
         """Apply, if nothing it saw has changed since; all or nothing."""
@@ -171,6 +174,8 @@ class Connection:
             tx = self._transactions.get(tx_id)
             if tx is None:
                 raise StoreRefusal("ENOENT")
+            if self.domid and len(tx.seen) > MAX_SEEN and kind != XsType.TRANSACTION_END:
+                raise StoreRefusal("ENOSPC")
         parts = payload.split(b"\0")
         path = self._path(parts[0]) if kind not in (XsType.TRANSACTION_START, XsType.TRANSACTION_END) else "/"
         match kind:
