@@ -75,27 +75,30 @@ class StoreServer:
         while True:
             await self._kernel.evtchn.wait(self._port)
             try:
-                self._turn()
+                while self._turn():
+                    await self._kernel.sleep(0)  # the others' turn: a guest can fill its ring as fast as we empty it
             except Broken as error:
                 self.close(f"store ring violated: {error}")
                 return
 
-    def _turn(self) -> None:
-        """What is there now; replies that are not taken stop us from taking more requests."""
+    def _turn(self) -> bool:
+        """What is there now, a ring's fill at most; True if there may be more. Replies that are not taken stop us."""
         self._flush()
-        while len(self._unsent) < MAX_UNSENT and (data := self._in.read()):
-            self._buffer += data
-            self._kernel.evtchn.send(self._port)  # there is room again
-            while len(self._buffer) >= HEADER.size:
-                kind, req_id, tx_id, length = HEADER.unpack_from(self._buffer)
-                if length > PAYLOAD_MAX:
-                    raise Broken(f"a message of {length} bytes")
-                if len(self._buffer) < HEADER.size + length:
-                    break
-                payload = self._buffer[HEADER.size : HEADER.size + length]
-                self._buffer = self._buffer[HEADER.size + length :]
-                self._answer(kind, req_id, tx_id, payload)
-            self._flush()
+        if len(self._unsent) >= MAX_UNSENT or not (data := self._in.read()):
+            return False
+        self._buffer += data
+        self._kernel.evtchn.send(self._port)  # there is room again
+        while len(self._buffer) >= HEADER.size:
+            kind, req_id, tx_id, length = HEADER.unpack_from(self._buffer)
+            if length > PAYLOAD_MAX:
+                raise Broken(f"a message of {length} bytes")
+            if len(self._buffer) < HEADER.size + length:
+                break
+            payload = self._buffer[HEADER.size : HEADER.size + length]
+            self._buffer = self._buffer[HEADER.size + length :]
+            self._answer(kind, req_id, tx_id, payload)
+        self._flush()
+        return not self.closed
 
     def _answer(self, kind: int, req_id: int, tx_id: int, payload: bytes) -> None:
         try:
