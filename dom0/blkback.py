@@ -88,11 +88,11 @@ class BlockBackend(Device):
 
     async def connect(self) -> None:
         try:
-            ref, port = int(await self.other("ring-ref")), int(await self.other("event-channel"))
+            ref, port = await self.other_number("ring-ref"), await self.other_number("event-channel")
             ring = self.kernel.grants.map(self.otherend_id, [ref])
             self._mappings.append(ring)
             self._port = self.kernel.evtchn.bind_interdomain(self.otherend_id, port)
-        except (ValueError, GrantError, XenError) as error:
+        except (GrantError, XenError) as error:
             raise DeviceError(f"the frontend's ring or event channel cannot be used: {error}") from None
         lib.blk_attach(self._vbd, ffi.cast("void *", ring.address), PAGE_SIZE)
         self._row, counters = self._stats.open(self.otherend_id, StatsKind.VBD, self._vbd.handle)
@@ -182,8 +182,7 @@ async def main(kernel: Kernel) -> None:
     stats = await Statistics.publish(kernel)
     images = Images(kernel)
 
-    async def begin(path: str, domid: int, vdev: int) -> None:
-        frontend = await kernel.store.read(f"{path}/frontend")
+    async def begin(path: str, frontend: str, domid: int, vdev: int) -> None:
         fd = await images.take(domid, vdev)
         await BlockBackend(kernel, path, frontend, domid, vdev, fd, stats).run()
 

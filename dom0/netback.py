@@ -138,13 +138,14 @@ class NetBackend(Device):
     async def connect(self) -> None:
         grants, evtchn = self.kernel.grants, self.kernel.evtchn
         try:
-            refs = [int(await self.other(key)) for key in ("tx-ring-ref", "rx-ring-ref")]
+            refs = [await self.other_number(key) for key in ("tx-ring-ref", "rx-ring-ref")]
+            channel = await self.other_number("event-channel")
             mac = bytes.fromhex((await self.own("mac")).replace(":", ""))
             ip = await self.own("ip")
             number = int(ipaddress.IPv4Address(ip)) if ip else 0
             rings = [grants.map(self.otherend_id, [ref]) for ref in refs]
             self._mappings += rings
-            self._port = evtchn.bind_interdomain(self.otherend_id, int(await self.other("event-channel")))
+            self._port = evtchn.bind_interdomain(self.otherend_id, channel)
         except (ValueError, GrantError, XenError) as error:
             raise DeviceError(f"the frontend's rings or event channel cannot be used: {error}") from None
         self._slot = slot = self._switch.take_slot(self)
@@ -245,8 +246,7 @@ async def main(kernel: Kernel) -> None:
     stats = await Statistics.publish(kernel)
     switch = Switch(kernel, stats)
 
-    async def begin(path: str, domid: int, handle: int) -> None:
-        frontend = await kernel.store.read(f"{path}/frontend")
+    async def begin(path: str, frontend: str, domid: int, handle: int) -> None:
         await NetBackend(switch, path, frontend, domid, handle).run()
 
     kernel.spawn(_follow_rules(kernel, switch), name="firewall")

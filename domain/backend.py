@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from domain import memory
 from domain.memory import Pages
+from domain.xenbus import DeviceError
 from hypervisor.public.io.stats import NR_ROWS, ROW, StatsKind
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Statistics:
         return cls(page)
 
     def open(self, domid: int, kind: StatsKind, handle: int) -> tuple[int, int]:
-        """(row, host address of its seven counters). Raises IndexError when all rows are taken."""
+        """(row, host address of its seven counters). Raises DeviceError when all rows are taken."""
+        if not self._free:
+            raise DeviceError(f"this driver domain serves {NR_ROWS} devices already")
         row = self._free.pop()
         at = self._page.address + row * ROW.size
         memory.write(at, ROW.pack(domid, kind, handle, *([0] * 7)))
@@ -41,8 +44,11 @@ class Statistics:
         self._free.append(row)
 
 
-async def serve_nodes(kernel: Kernel, kind: str, begin: Callable[[str, int, int], Coroutine[Any, Any, None]]) -> None:
-    """Run begin(path, frontend domid, handle) in a task for every node backend/<kind>/<domid>/<handle>, for ever."""
+Begin = Callable[[str, str, int, int], Coroutine[Any, Any, None]]
+
+
+async def serve_nodes(kernel: Kernel, kind: str, begin: Begin) -> None:
+    """Run begin(path, frontend's path, its domid, handle) in a task for every node backend/<kind>/<domid>/<handle>."""
     base = f"/local/domain/{kernel.domid}/backend/{kind}"
     known: dict[str, object] = {}
     await kernel.store.mkdir(base)
@@ -53,11 +59,12 @@ async def serve_nodes(kernel: Kernel, kind: str, begin: Callable[[str, int, int]
         for domid in await kernel.store.ls(base):
             for handle in await kernel.store.ls(f"{base}/{domid}"):
                 path = f"{base}/{domid}/{handle}"
-                if not (domid.isdigit() and handle.isdigit()) or not await kernel.store.get(f"{path}/frontend"):
+                frontend = await kernel.store.get(f"{path}/frontend")  # written last: the node is whole
+                if not (domid.isdigit() and handle.isdigit() and frontend):
                     continue
                 present.add(path)
                 if path not in known:
-                    known[path] = kernel.spawn(begin(path, int(domid), int(handle)), name=path)
+                    known[path] = kernel.spawn(begin(path, frontend, int(domid), int(handle)), name=path)
         for path in set(known) - present:
             del known[path]
 

@@ -101,8 +101,8 @@ class BlockDevice(Device):
         await self.publish_keys({"ring-ref": self._ring_ref, "event-channel": self._port, "feature-persistent": 1})
 
     async def connect(self) -> None:
-        self.sectors = int(await self.other("sectors", "0"))
-        self.readonly = bool(int(await self.other("info", "0")) & INFO_READONLY)
+        self.sectors = await self.other_number("sectors", bits=64)
+        self.readonly = bool(await self.other_number("info") & INFO_READONLY)
         self._receiver = self.kernel.spawn(self._receive(), name="blkfront")
 
     async def switch(self, state: XenbusState) -> None:

@@ -67,8 +67,8 @@ class StoreClient:
         raise NotImplementedError
 
     async def read(self, path: str, tx: int = 0) -> str:
-        """The value. Raises StoreError."""
-        return (await self._request(XsType.READ, _z(path), tx)).decode()
+        """The value; bytes that are not UTF-8, which any writer may choose, become U+FFFD. Raises StoreError."""
+        return (await self._request(XsType.READ, _z(path), tx)).decode(errors="replace")
 
     async def get(self, path: str, default: str = "", tx: int = 0) -> str:
         """The value, or `default` where there is no such node."""
@@ -87,8 +87,12 @@ class StoreClient:
         await self._request(XsType.MKDIR, _z(path), tx)
 
     async def rm(self, path: str, tx: int = 0) -> None:
-        """Remove a node and all below it; a missing one is no error."""
-        await self._request(XsType.RM, _z(path), tx)
+        """Remove a node and all below it; a missing one, or one whose parent is missing too, is no error."""
+        try:
+            await self._request(XsType.RM, _z(path), tx)
+        except StoreError as error:
+            if error.name != "ENOENT":
+                raise
 
     async def ls(self, path: str, tx: int = 0) -> list[str]:
         """Names below a node; [] where there is none."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from domain.kernel import Kernel
 
 UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = XenbusState
+STATES = {str(int(state)): state for state in XenbusState}
 
 Table = Mapping[tuple[XenbusState, XenbusState], tuple[str, XenbusState]]
 
@@ -83,8 +84,18 @@ class Device:
         return await self.store.get(f"{self.path}/{key}", default)
 
     async def other(self, key: str, default: str = "") -> str:
-        """A key of the other end's node."""
-        return await self.store.get(f"{self.otherend}/{key}", default)
+        """A key of the other end's node; one that it does not let us read counts as missing."""
+        try:
+            return await self.store.get(f"{self.otherend}/{key}", default)
+        except StoreError:
+            return default
+
+    async def other_number(self, key: str, bits: int = 32) -> int:
+        """A number of the other end's. Raises DeviceError: that end may have written anything there."""
+        text = await self.other(key)
+        if text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < 1 << bits:
+            return int(text)
+        raise DeviceError(f"{key} is no number of {bits} bits: {text[:30]!a}")
 
     async def publish_keys(self, keys: Mapping[str, str | int]) -> None:
         for key, value in keys.items():
@@ -120,9 +131,9 @@ class Device:
 
     async def other_state(self) -> XenbusState:
         text = await self.other("state")
-        if not text:
-            return CLOSED if self.state not in (INITIALISING,) else UNKNOWN
-        return XenbusState(int(text)) if text.isdigit() and int(text) <= CLOSED else CLOSED
+        if not text and self.TABLE is FRONTEND and self.state == INITIALISING:
+            return UNKNOWN  # the backend's node is made after ours; a backend begins when both are there
+        return STATES.get(text, CLOSED)
 
     async def follow(self, theirs: XenbusState) -> None:
         """Take every step that the pair of states asks for."""
