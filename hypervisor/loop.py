@@ -25,6 +25,7 @@ Wait = Callable[[Resume], None]  # begin waiting; call resume(value) or resume(e
 Steps = Generator[Wait, Any, Any]
 FAR_NS = 1 << 60
 LONGEST = 3600.0  # seconds: epoll takes no more than 24 days
+SWEEP = 1024  # timers, live or cancelled, before the cancelled ones are thrown out
 SLICE = 512  # calls of one turn before descriptors are looked at again
 
 
@@ -44,6 +45,7 @@ class Loop:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[int, int, Timer]] = []
         self._soon: deque[Callable[[], None]] = deque()
+        self._sweep_at = SWEEP
         self._order = itertools.count()
         self.before_sleep: Callable[[], bool] = lambda: False  # True: something was done, look again instead
         self.stopped = False
@@ -60,6 +62,10 @@ class Loop:
 
     def at(self, deadline_ns: int, call: Callable[[], None]) -> Timer:
         """`call` at CLOCK_MONOTONIC `deadline_ns`, never earlier; a guest's choice of a time past 35 years is 35 years."""
+        if len(self._timers) >= self._sweep_at:  # cancelled ones wait for a day that a guest chose, perhaps next year
+            self._timers = [entry for entry in self._timers if entry[2].call is not None]
+            heapq.heapify(self._timers)
+            self._sweep_at = max(SWEEP, 2 * len(self._timers))
         timer = Timer(call)
         heapq.heappush(self._timers, (min(deadline_ns, FAR_NS), next(self._order), timer))
         return timer
