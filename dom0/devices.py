@@ -85,6 +85,8 @@ class Devices:
             claim = self._claim(device, disk, fd)
             message = msgpack.packb({"domid": domid, "vdev": device.handle})
             socket.send_fds(descriptors, [message], [fd])
+        except OSError:
+            raise DeviceRefused(f"disk {disk.name}: the block driver domain has ended; another is being started") from None
         finally:
             os.close(fd)
         self._claims.append(claim)
@@ -157,10 +159,13 @@ class Devices:
             await watch.next()
 
     async def forget(self, device: Device) -> None:
-        """Its backend's domain is gone: nobody is left to wait for."""
+        """Its backend has let go, or its backend's domain is gone: nobody is left to wait for."""
+        store, peers = self._kernel.store, device.backend_path.rpartition("/")[0]
         self.attached.discard(device)
         self._claims = [claim for claim in self._claims if claim.device != device]
-        await self._kernel.store.rm(device.backend_path)
+        await store.rm(device.backend_path)
+        if not await store.ls(peers):
+            await store.rm(peers)  # the last device of its domain: the backend would look there for ever
 
     def of(self, domid: int) -> list[Device]:
         return [device for device in self.attached if domid in (device.domid, device.backend)]
