@@ -8,7 +8,9 @@ which the domain granted to it in entries 0 and 1 of its table, and nothing else
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 DOM0 = 0
 CHUNK = 64  # frames mapped at a time: one monitor batch at worst
-MAX_SOURCE = 4 << 20
+MAX_SOURCE, MAX_IMAGE = 4 << 20, 64 << 20  # bytes of a file
 
 
 class BuildError(Exception):
@@ -80,22 +82,34 @@ class Built:
 
 def read_image(path: Path) -> Image:
     """Raises BuildError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BuildError(f"kernel {path}: {error.strerror}") from None
+    data = _read(path)
     if data.startswith(b"\x7fELF"):
         try:
             return Image(native=elf.parse(data))
         except elf.ElfError as error:
             raise BuildError(f"kernel {path}: {error}") from None
     if len(data) > MAX_SOURCE:
-        raise BuildError(f"kernel {path}: {len(data)} bytes, at most {MAX_SOURCE}")
+        raise BuildError(f"kernel {path}: {len(data)} bytes of source, at most {MAX_SOURCE}")
     try:
         compile(data, str(path), "exec", dont_inherit=True)  # the first place that can say where it is wrong
     except (SyntaxError, ValueError) as error:
         raise BuildError(f"kernel {path}: {error}") from None
     return Image(source=data)
+
+
+def _read(path: Path) -> bytes:
+    """A regular file, of a size that dom0 can hold: a FIFO or a device would keep it reading for ever."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise BuildError(f"kernel {path}: {getattr(error, 'strerror', None) or error}") from None
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise BuildError(f"kernel {path}: not a regular file")
+        data = file.read(MAX_IMAGE + 1)
+    if len(data) > MAX_IMAGE:
+        raise BuildError(f"kernel {path}: more than {MAX_IMAGE >> 20} MiB")
+    return data
 
 
 def build(

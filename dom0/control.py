@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import struct
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,10 @@ class ControlServer:
             client.send({"error": str(error), "exit": getattr(error, "exit_code", 1)})
         except TypeError as error:
             client.send({"error": f"{verb}: {error}", "exit": 2})
+        except Exception as error:  # our own mistake: it costs this request, not every domain of the host
+            *_, where = traceback.extract_tb(error.__traceback__)
+            self._toolstack.log(f"BUG in {verb}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})")
+            client.send({"error": f"{verb}: {type(error).__name__}: {error}; `ring1 dmesg` says where", "exit": 1})
 
     # ---- consoles
 

@@ -143,9 +143,11 @@ class Toolstack:
                 await self.devices.attach_vif(guest.domid, config.name, index, vif, network.domid)
             if not paused:
                 self.kernel.call(UnpauseDomain(guest.domid))
-        except (DeviceRefused, XenError) as error:
+        except Exception as error:
             await self.destroy(guest)
-            raise ToolstackError(f"{config.name}: {error}") from None
+            if isinstance(error, (DeviceRefused, XenError)):
+                raise ToolstackError(f"{config.name}: {error}") from None
+            raise
         return guest
 
     async def introduce(
