@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from hypervisor import evtchn, guest_access, lifecycle
+from hypervisor import console, evtchn, guest_access, lifecycle
 from hypervisor._hv import lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
@@ -67,7 +67,7 @@ def shutdown(hv: Hypervisor, caller: Domain, call: abi.SchedShutdown) -> None:
     reason = ShutdownReason(call.reason)
     caller.exit_code = call.code & 0xFF
     what = "crash" if reason == ShutdownReason.CRASH else reason.name.lower()
-    why = "".join(c if c.isprintable() else " " for c in call.why)
+    why = console.escape(call.why.encode())
     if caller.privileged:
         hv.stop(f"dom0: {what}")
     else:
