@@ -172,6 +172,15 @@ async def store_read(tools: Toolstack, path: str) -> str:
 
 
 @verb
+async def store_write(tools: Toolstack, path: str, value: str) -> None:
+    """Make or change a node, as dom0."""
+    try:
+        await tools.kernel.store.write(path, value)
+    except StoreError as error:
+        raise ToolstackError(f"store: {error}") from None
+
+
+@verb
 async def digest(tools: Toolstack, path: str, size: int) -> str:
     """SHA-256 of the first `size` bytes of a file that dom0 can open."""
     sha = hashlib.sha256()

@@ -51,6 +51,7 @@ class Row:
     limit_is: str
     peers: dict[str, Measure | Absent] = field(default_factory=dict)
     gate: float | None = None  # of ours / limit: at least (more), at most (less)
+    absolute: bool = False  # the gate is of ours, in the row's unit
 
 
 # ---- two processes
@@ -70,11 +71,13 @@ def pair(
     client: Callable[[Meet], Any],
     *,
     pinned: bool = True,
+    where: tuple[int, int] | None = None,
     forget: Callable[[], None] = lambda: None,
 ) -> tuple[Any, Any]:
     """Run both, each in a process of its own; what both returned, as JSON has it. Each calls `meet` once it is set up.
 
-    pinned: each on a CPU of its own. forget: called here once both have what was made for them before the fork.
+    pinned: each on a CPU of its own, or as `where` has it (client's, server's). forget: called here once both have what was
+    made for them before the fork.
     """
     ends = [os.pipe(), os.pipe()]
 
@@ -90,8 +93,8 @@ def pair(
 
         return begin
 
-    where = cpus() if pinned else (None, None)
-    results = [start(side(server, 0), where[1]), start(side(client, 1), where[0])]
+    places = (where or cpus()) if pinned else (None, None)
+    results = [start(side(server, 0), places[1]), start(side(client, 1), places[0])]
     for read, write in ends:
         os.close(read)
         os.close(write)
@@ -222,9 +225,15 @@ def report(row: Row, values: dict[str, list[float]]) -> dict[str, Any]:
         "ratio_peer": best.get("ratio"),
         "spread": spread(ratios),
         "gate": row.gate,
-        "holds": None if row.gate is None else ratio >= row.gate if row.better == "more" else ratio <= row.gate,
+        "absolute": row.absolute,
+        "holds": None if row.gate is None else _holds(row, statistics.median(ours) if row.absolute else ratio),
         "peers": peers,
     }
+
+
+def _holds(row: Row, value: float) -> bool:
+    assert row.gate is not None
+    return value >= row.gate if row.better == "more" else value <= row.gate
 
 
 def spread(values: Sequence[float]) -> float:
@@ -263,7 +272,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [("id", "what", "unit", "ours", "limit", "x limit", "spread", "peer", "value", "x peer", "")]
     for row in results:
         best, others = row["peer"] or "-", [peer for peer in row["peers"] if peer["peer"] != row["peer"]]
-        gate = "" if row["gate"] is None else f"{'gate' if row['holds'] else 'GATE MISSED'} {row['gate']:g}"
+        unit = f" {row['unit']}" if row["absolute"] else ""
+        gate = "" if row["gate"] is None else f"{'gate' if row['holds'] else 'GATE MISSED'} {row['gate']:g}{unit}"
         figures = [short(row[key]) for key in ("ours", "limit", "ratio_limit")]
         peer = (best, short(row["peer_value"]), short(row["ratio_peer"]))
         lines.append((row["id"], row["what"], row["unit"], *figures, f"{row['spread']:.0%}", *peer, gate))
