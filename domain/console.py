@@ -57,7 +57,7 @@ class Console:
         return line.decode(errors="replace") + "\n"
 
     async def drained(self) -> None:
-        """Until everything written was taken by dom0."""
+        """Until dom0 has taken everything that was written: what is in the ring when we end is lost."""
         await self._empty.wait()
 
     def stream(self) -> io.TextIOBase:
@@ -72,7 +72,7 @@ class Console:
         self._backlog = self._backlog[n:]
         if n:
             self._kernel.evtchn.send(self._port)
-        if self._backlog:
+        if self._backlog or self._out.used:
             self._empty.clear()
         else:
             self._empty.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import msgpack
+import msgspec
 
 from domain._guest import ffi, lib
 from hypervisor.public.errors import from_status
@@ -12,6 +12,7 @@ from hypervisor.public.hypercall import Hypercall
 from hypervisor.public.types import MESSAGE_BYTES
 
 R = TypeVar("R")
+_decode = msgspec.msgpack.Decoder(list).decode
 
 
 class Trap:
@@ -31,7 +32,7 @@ class Trap:
         size = lib.hypercall_trap(self._request, self._reply, message, len(message), self._answer, MESSAGE_BYTES)
         if size < 0:
             raise OSError(-size, "the hypercall queue")
-        reply = msgpack.unpackb(ffi.buffer(self._answer, size)[:])
+        reply = _decode(ffi.buffer(self._answer, size))
         if reply[0] != sequence:
             raise AssertionError(f"reply {reply[0]} to hypercall {sequence}")
         if reply[1]:

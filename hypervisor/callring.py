@@ -8,12 +8,13 @@ load, a doorbell two system calls and a wake-up.
 from __future__ import annotations
 
 import os
+import struct
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import evtchn
 from hypervisor._hv import ffi, lib
-from hypervisor.dispatch import call_words, hypercall, result_word
+from hypervisor.dispatch import hypercall, result_word, run_entry
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps
 from hypervisor.public import callring as abi
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SPINS = 400  # looks round the busy rings, about 20 us: less than a sleep and a wake-up across CPUs cost
 MAX_SKIP = 256  # sleeps without a look, after looks that found nothing
 MAX_LOOKS = 64  # rings looked at together
+SEND = struct.pack("<QqQ", OP_EVENT_CHANNEL, 0, EvtchnSend.CMD)  # how an entry that is C's begins
 TURN = 64  # batches of 32 before everybody else has a turn
 
 
@@ -136,11 +138,11 @@ def _run_others(hv: Hypervisor, caller: Domain, ring: CallRing) -> Steps:
     """The entry that C left to us, and those after it up to the next event send, through the handlers of messages."""
     first = ring.c.next
     for at in range(first, ring.c.taken):
-        entry = abi.ENTRY.unpack_from(ring.entries, at * abi.ENTRY_BYTES)
-        if at > first and entry[0] == OP_EVENT_CHANNEL and entry[2] == EvtchnSend.CMD:
+        entry = ring.entries[at * abi.ENTRY_BYTES : (at + 1) * abi.ENTRY_BYTES]
+        if at > first and entry.startswith(SEND):
             return
         try:
-            outcome = call_words(hv, caller, entry[0], entry[2:])
+            outcome = run_entry(hv, caller, entry)
             if type(outcome) is GeneratorType:
                 outcome = yield from outcome
             result = result_word(outcome)

@@ -71,6 +71,7 @@ class Hypervisor:
     def make_tables(self) -> None:
         """Of calls and of domains, all empty."""
         self.table = dispatch.table(MODULES)
+        self.known: tuple[dict[bytes, Any], dict[bytes, Any]] = {}, {}  # list entries decoded before; the second is dom0's
         self.demand, self.busy_rings = Demand(), BusyRings()
         self.domains: dict[int, Domain] = {}
         self.ends: Any = ffi.new("struct evt_end *[]", DOMID_FIRST_RESERVED)  # by domid, as the C kernels see domains

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import struct
+from array import array
 from collections.abc import Callable, Iterable
 from operator import gt
 from types import GeneratorType, ModuleType
@@ -18,7 +19,7 @@ from hypervisor import guest_access
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps
 from hypervisor.public import hypercall as abi
-from hypervisor.public.errors import Invalid, NotImplementedCall, NotPermitted, TooBig, XenError
+from hypervisor.public.errors import Invalid, NotPermitted, TooBig, XenError
 from hypervisor.public.hypercall import Hypercall
 from hypervisor.public.types import MAX_BATCH
 from hypervisor.public.version import Multicall
@@ -30,7 +31,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Handler = Callable[["Hypervisor", Domain, Any], Any]
 Table = dict[type[Hypercall[Any]], Handler]
 ENTRY = struct.Struct("<Qq6Q")  # multicall_entry: op, result, six words
-assert ENTRY.size == 64
+CHUNK = struct.Struct("64s")
+assert ENTRY.size == CHUNK.size == 64
+MAX_KNOWN = 4096  # entries whose meaning is remembered
 
 
 def hypercall(request: type[Hypercall[Any]]) -> Callable[[F], F]:
@@ -70,25 +73,36 @@ def _authorise(caller: Domain, kind: type[Hypercall[Any]]) -> None:
         raise NotPermitted(f"{kind.__name__} is dom0's")
 
 
-def call_words(hv: Hypervisor, caller: Domain, op: int, words: tuple[int, ...]) -> Any:
-    """As `call`, for an entry of six words of a list or a ring: the sub-operation where there is one, the fields, zeros."""
+def run_entry(hv: Hypervisor, caller: Domain, entry: bytes) -> Any:
+    """As `call`, for a private copy of a 64-byte entry of a list or a ring.
+
+    What an entry asks for depends on its bytes and on privilege alone, so that decoding it is remembered: 80 ns of 700.
+    """
+    known = hv.known[caller.privileged]
+    call = known.get(entry)
+    if call is None:
+        call = _decode_entry(hv, caller, entry)
+        if len(known) >= MAX_KNOWN:
+            known.clear()
+        known[entry] = call
+    return call[0](hv, caller, call[1])
+
+
+def _decode_entry(hv: Hypervisor, caller: Domain, entry: bytes) -> tuple[Handler, Hypercall[Any]]:
+    """The handler and the request: the sub-operation where there is one, the fields, zeros. Raises XenError."""
+    op, _, *words = ENTRY.unpack(entry)
     if op == abi.OP_MULTICALL:
         raise Invalid("a multicall within a list")
-    first = op in abi.WITH_CMD
-    kind = abi.ALL.get((op, words[0] if first else 0))
-    if kind is None:
-        raise NotImplementedCall(f"no hypercall {op}.{words[0]}")
+    kind, fields = abi.kind_of(op, words)
     _authorise(caller, kind)
     limits = kind.LIMITS
     if limits is None:
         raise Invalid(f"{kind.__name__} does not fit in words")
-    end = first + len(limits)
-    arguments = words[first:end]
-    if any(map(gt, arguments, limits)):
+    if any(map(gt, fields, limits)):
         raise Invalid(f"{kind.__name__}: a field is too wide")
-    if any(words[end:]):
+    if any(fields[len(limits) :]):
         raise Invalid("unused words are not 0")
-    return hv.table[kind](hv, caller, kind(*arguments))
+    return hv.table[kind], kind(*fields[: len(limits)])
 
 
 @hypercall(Multicall)
@@ -98,19 +112,20 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
         raise TooBig(f"{request.count} entries, at most {MAX_BATCH}")
     raw = bytearray(guest_access.copy_in(hv, caller, request.address, request.count * ENTRY.size))
 
-    results = memoryview(raw).cast("q")  # an entry is eight words, the second is its result
-    at = 1
-    for entry in ENTRY.iter_unpack(bytes(raw)):
+    words = memoryview(raw).cast("q")  # an entry is eight, the second is its result
+    words[1::8] = memoryview(array("q", bytes(8 * request.count)))
+    results = array("q")
+    for (entry,) in CHUNK.iter_unpack(bytes(raw)):
         try:
-            outcome = call_words(hv, caller, entry[0], entry[2:])
+            outcome = run_entry(hv, caller, entry)
             if type(outcome) is GeneratorType:
                 outcome = yield from outcome
                 if not caller.alive:
                     return
-            results[at] = result_word(outcome)
+            results.append(outcome if type(outcome) is int else result_word(outcome))
         except XenError as error:
-            results[at] = -error.errno
-        at += 8
+            results.append(-error.errno)
+    words[1::8] = memoryview(results)
     guest_access.copy_out(hv, caller, request.address, bytes(raw))
 
 

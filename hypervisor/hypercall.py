@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
-import msgpack
 import posix_ipc
 
 from hypervisor import callring, dispatch
@@ -20,7 +19,7 @@ from hypervisor.gate.monitor import MonitorGone
 from hypervisor.loop import Steps, Wait, run_task
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import NoSuchDomain, XenError
-from hypervisor.public.hypercall import decode_message
+from hypervisor.public.hypercall import decode_message, encode_items
 from hypervisor.public.types import MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _reply(caller: Domain, items: list[Any]) -> None:
     """Never waits."""
     if caller.queues is None or not caller.alive:
         return
-    message = msgpack.packb(items)
+    message = encode_items(items)
     assert len(message) <= MESSAGE_BYTES, f"reply of {len(message)} bytes"
     try:
         caller.queues[1].send(message)

@@ -21,6 +21,11 @@ class ByteRing:
         self._size = size
         self._out: Any = ffi.new("char[]", size)
 
+    @property
+    def used(self) -> int:
+        """Bytes written and not read; what the indices say, believed by nobody who acts on it."""
+        return lib.bytes_used(self._cons, self._prod)
+
     def write(self, data: bytes) -> int:
         """How many bytes went in. Raises Broken."""
         n = lib.bytes_write(self._buffer, self._cons, self._prod, self._size, data, len(data))

@@ -71,6 +71,11 @@ int32_t bytes_write(void *buffer, void *cons, void *prod, uint32_t size, const v
     return (int32_t)n;
 }
 
+uint32_t bytes_used(void *cons, void *prod)
+{
+    return atomic_load((_Atomic uint32_t *)prod) - atomic_load((_Atomic uint32_t *)cons);
+}
+
 int32_t bytes_read(void *buffer, void *cons, void *prod, uint32_t size, void *out, uint32_t n)
 {
     uint32_t p = atomic_load_explicit((_Atomic uint32_t *)prod, memory_order_acquire);

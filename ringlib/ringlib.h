@@ -19,6 +19,7 @@ int32_t back_take(void *back, void *out, uint32_t max);
 int32_t back_publish(void *back, const void *responses, uint32_t n);
 int32_t back_recheck(void *back);
 
+uint32_t bytes_used(void *cons, void *prod);
 int32_t bytes_write(void *buffer, void *cons, void *prod, uint32_t size, const void *data, uint32_t n);
 int32_t bytes_read(void *buffer, void *cons, void *prod, uint32_t size, void *out, uint32_t n);
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-import msgpack
 import msgspec
 
 from hypervisor.public.errors import Invalid, NotImplementedCall, TooBig
@@ -41,6 +40,10 @@ OP_CALLRING = 48
 WITH_CMD = frozenset((
     OP_MEMORY, OP_XEN_VERSION, OP_CONSOLE_IO, OP_GRANT_TABLE, OP_SCHED, OP_EVENT_CHANNEL, OP_SYSCTL, OP_DOMCTL, OP_CALLRING,
 ))  # fmt: skip
+MAX_ITEMS = 16
+SCALARS = frozenset((int, str, bytes))
+_decode = msgspec.msgpack.Decoder(list).decode  # the same wire format as msgpack's, in a third of the time
+encode_items = msgspec.msgpack.Encoder().encode
 ALL: dict[tuple[int, int], type[Hypercall[Any]]] = {}
 
 
@@ -77,7 +80,7 @@ class Hypercall(msgspec.Struct, Generic[R], frozen=True):
     def encode(self, sequence: int) -> bytes:
         """The request message. Raises TooBig where it does not fit: such data goes by address."""
         head = [self.OP, sequence, self.CMD] if self.OP in WITH_CMD else [self.OP, sequence]
-        message: bytes = msgpack.packb([*head, *msgspec.structs.astuple(self)])
+        message = encode_items([*head, *msgspec.structs.astuple(self)])
         if len(message) > MESSAGE_BYTES:
             raise TooBig(f"{type(self).__name__}: {len(message)} bytes, a message has {MESSAGE_BYTES}")
         return message
@@ -94,13 +97,12 @@ def _field(cls: type[Any], name: str, hint: Any) -> Field:
 def decode_message(message: bytes) -> tuple[int, int, list[Any]]:
     """(op, sequence, arguments) of a raw request. Raises Invalid for anything but a flat msgpack array of that form."""
     try:
-        items = msgpack.unpackb(
-            message, strict_map_key=True, max_array_len=16, max_map_len=0, max_ext_len=0,
-            max_str_len=MESSAGE_BYTES, max_bin_len=MESSAGE_BYTES,
-        )  # fmt: skip
-    except Exception:  # msgpack has no common base of what it raises for bad input
-        raise Invalid("not a msgpack array within the limits") from None
-    if type(items) is not list or len(items) < 2 or type(items[0]) is not int or type(items[1]) is not int:
+        items = _decode(message)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
+        raise Invalid("not one msgpack array") from None
+    if not 2 <= len(items) <= MAX_ITEMS or not SCALARS.issuperset(map(type, items)):
+        raise Invalid("not a flat array of 2 to 16 integers, texts and byte strings")
+    if type(items[0]) is not int or type(items[1]) is not int:
         raise Invalid("not [op, sequence, ...]")
     if not (0 <= items[0] < 1 << 32 and 0 <= items[1] < 1 << 32):
         raise Invalid("op and sequence are u32")

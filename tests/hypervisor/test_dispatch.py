@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import msgpack
 import msgspec
 import pytest
 
@@ -16,7 +17,6 @@ from hypervisor.core import MODULES
 from hypervisor.dispatch import ENTRY
 from hypervisor.domain import Domain, Process
 from hypervisor.gate.monitor import MonitorGone
-from hypervisor.public import hypercall as abi
 from hypervisor.public.console import ConsoleWrite
 from hypervisor.public.domctl import CreateDomain, CreateFlags, DestroyDomain, GetDomainInfo
 from hypervisor.public.errors import BadAddress, Invalid, NotImplementedCall, NotPermitted, TooBig, XenError
@@ -228,7 +228,7 @@ def check_the_longest_reply_fits(hv: StandIn) -> None:
     domain.process = domain.monitor_process = Process(1 << 22, -1, ended=True, cpu_ns=1 << 62)
     domain.exit_code, domain.max_frames = 255, 1 << 31
     domain.hypercalls = domain.evt.sent = domain.events_delivered = domain.events_elided = 1 << 63
-    reply = abi.msgpack.packb([0xFFFFFFFF, 0, *hv.done(hv.domains[0], GetDomainInfo(domain.domid))])
+    reply = msgpack.packb([0xFFFFFFFF, 0, *hv.done(hv.domains[0], GetDomainInfo(domain.domid))])
     assert len(reply) <= MESSAGE_BYTES, f"a reply of {len(reply)} bytes"
 
 
@@ -270,7 +270,7 @@ def fuzz(hv: StandIn, rounds: int) -> None:
         domain = hv.domains[1]
         kind = rng.choice(kinds)
         items: list[Any] = [kind.OP, i, *([kind.CMD] if kind.OP in WITH_CMD else [])]
-        message = bytearray(abi.msgpack.packb([*items, *(interesting(rng, f) for f in kind.FIELDS)]))
+        message = bytearray(msgpack.packb([*items, *(interesting(rng, f) for f in kind.FIELDS)]))
         if rng.random() < 0.2:
             message[rng.randrange(len(message))] = rng.randrange(256)
         if kind is Multicall or kind.OP == GrantMap.OP:
