@@ -78,18 +78,12 @@ def run_entry(hv: Hypervisor, caller: Domain, entry: bytes) -> Any:
 
     What an entry asks for depends on its bytes and on privilege alone, so that decoding it is remembered: 80 ns of 700.
     """
-    known = hv.known[caller.privileged]
-    call = known.get(entry)
-    if call is None:
-        call = _decode_entry(hv, caller, entry)
-        if len(known) >= MAX_KNOWN:
-            known.clear()
-        known[entry] = call
-    return call[0](hv, caller, call[1])
+    handler, request = hv.known[caller.privileged].get(entry) or _decode_entry(hv, caller, entry)
+    return handler(hv, caller, request)
 
 
 def _decode_entry(hv: Hypervisor, caller: Domain, entry: bytes) -> tuple[Handler, Hypercall[Any]]:
-    """The handler and the request: the sub-operation where there is one, the fields, zeros. Raises XenError."""
+    """The handler and the request, remembered: the sub-operation where there is one, fields, zeros. Raises XenError."""
     op, _, *words = ENTRY.unpack(entry)
     if op == abi.OP_MULTICALL:
         raise Invalid("a multicall within a list")
@@ -102,7 +96,11 @@ def _decode_entry(hv: Hypervisor, caller: Domain, entry: bytes) -> tuple[Handler
         raise Invalid(f"{kind.__name__}: a field is too wide")
     if any(fields[len(limits) :]):
         raise Invalid("unused words are not 0")
-    return hv.table[kind], kind(*fields[: len(limits)])
+    known = hv.known[caller.privileged]
+    if len(known) >= MAX_KNOWN:
+        known.clear()
+    known[entry] = call = hv.table[kind], kind(*fields[: len(limits)])
+    return call
 
 
 @hypercall(Multicall)
@@ -115,16 +113,21 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
     words = memoryview(raw).cast("q")  # an entry is eight, the second is its result
     words[1::8] = memoryview(array("q", bytes(8 * request.count)))
     results = array("q")
+    add, known = results.append, hv.known[caller.privileged].get
     for (entry,) in CHUNK.iter_unpack(bytes(raw)):
         try:
-            outcome = run_entry(hv, caller, entry)
+            handler, call = known(entry) or _decode_entry(hv, caller, entry)  # run_entry, without its call
+            outcome = handler(hv, caller, call)
+            if type(outcome) is int:
+                add(outcome)
+                continue
             if type(outcome) is GeneratorType:
                 outcome = yield from outcome
                 if not caller.alive:
                     return
-            results.append(outcome if type(outcome) is int else result_word(outcome))
+            add(result_word(outcome))
         except XenError as error:
-            results.append(-error.errno)
+            add(-error.errno)
     words[1::8] = memoryview(results)
     guest_access.copy_out(hv, caller, request.address, bytes(raw))
 
