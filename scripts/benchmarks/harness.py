@@ -42,7 +42,7 @@ class Failed(Exception):
 class Row:
     """One line of the report: what of ours is held against which limit and which peers."""
 
-    id: str  # of the anchors: a1 ...
+    id: str  # a1 ...: a letter for what is measured, then its rows
     what: str
     unit: str
     better: str  # "more" or "less"

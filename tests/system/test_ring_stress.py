@@ -25,7 +25,7 @@ from tests.ringlib.defects import Edit, compiled, copy
 from tests.ringlib.peers import fork, new_name
 
 WORKER = Path(__file__).with_name("ring_worker.py")
-RECORDS = 1_000_000 if NIGHTLY else 50_000  # of each ring
+RECORDS = 600_000 if NIGHTLY else 50_000  # of each ring
 KILLS = 600 if NIGHTLY else 40
 PROCESSES = 4
 SEED = 20030
@@ -53,7 +53,7 @@ def stress(records: int, environment: dict[str, str]) -> tuple[int, list[str]]:
     checked, complaints = 0, []
     try:
         for worker in workers:
-            out, error = worker.communicate(timeout=4 * TIMEOUT)
+            out, error = worker.communicate(timeout=(20 if NIGHTLY else 4) * TIMEOUT)
             if worker.returncode:
                 complaints.append(error)
             else:
