@@ -8,7 +8,9 @@ Round robin alone would give two domains with long calls all but a few percent o
 
 from __future__ import annotations
 
-SHARE = 0.08  # of one CPU
+import time
+
+SHARE = 0.05  # of one CPU
 BURST_NS = 2_000_000
 FREE_NS = 15_000
 HASTE_NS = 5_000  # nobody can have slept, woken and asked again in less
@@ -49,7 +51,7 @@ class Demand:
             self._before = self._last
         self._last = (domain, now)
 
-    def others(self, domain: object, now: int) -> bool:
+    def others(self, domain: object) -> bool:
         """Somebody else asked within WANTED_NS."""
         _, when = self._before if self._last[0] is domain else self._last
-        return now - when < WANTED_NS
+        return time.monotonic_ns() - when < WANTED_NS

@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
 
 def _pieces(domain: Domain, va: int, size: int) -> list[tuple[int, int, int]]:
-    """(mfn, offset, length) of each page's part. Raises BadAddress before anything is touched."""
-    out = []
+    """(mfn, offset, length) of each stretch that lies together in the machine. Raises BadAddress before any is touched."""
+    out: list[tuple[int, int, int]] = []
+    after = -1  # the mfn that would go on where the last piece ended
     while size:
         place = domain.translate(va)
         if place is None:
             raise BadAddress(f"guest address {va:#x}")
         mfn, offset = place
         length = min(size, PAGE_SIZE - offset)
-        out.append((mfn, offset, length))
+        if mfn == after:
+            first, start, so_far = out[-1]
+            out[-1] = (first, start, so_far + length)
+        else:
+            out.append((mfn, offset, length))
+        after = mfn + 1
         va += length
         size -= length
     return out
@@ -33,12 +39,13 @@ def _pieces(domain: Domain, va: int, size: int) -> list[tuple[int, int, int]]:
 
 def copy_in(hv: Hypervisor, domain: Domain, va: int, size: int) -> bytes:
     """`size` bytes at `va`, each read once. Raises BadAddress. The caller bounds `size`."""
-    return b"".join(hv.machine.read(*piece) for piece in _pieces(domain, va, size))
+    pieces = _pieces(domain, va, size)
+    return hv.machine.read(*pieces[0]) if len(pieces) == 1 else b"".join(hv.machine.read(*piece) for piece in pieces)
 
 
-def copy_out(hv: Hypervisor, domain: Domain, va: int, data: bytes) -> None:
+def copy_out(hv: Hypervisor, domain: Domain, va: int, data: bytes | bytearray) -> None:
     """Write `data` at `va`; all of it or nothing. Raises BadAddress."""
     done = 0
     for mfn, offset, length in _pieces(domain, va, len(data)):
-        hv.machine.write(mfn, offset, data[done : done + length])
+        hv.machine.write(mfn, offset, data[done : done + length] if length < len(data) else data)
         done += length

@@ -55,13 +55,14 @@ def serve(hv: Hypervisor, caller: Domain) -> None:
         op, sequence, arguments = decode_message(message)
         outcome = dispatch.call(hv, caller, op, arguments)
     except XenError as error:
+        _charge(hv, caller, begin)
         _reply(caller, [sequence, error.errno])
+        return
+    if type(outcome) is GeneratorType:
+        _run(hv, caller, outcome, lambda value, error: _completed(caller, sequence, value, error), begin)
     else:
-        if type(outcome) is GeneratorType:
-            _run(hv, caller, outcome, lambda value, error: _completed(caller, sequence, value, error))
-        else:
-            _reply(caller, [sequence, 0, *_values(outcome)])
-    _charge(hv, caller, begin)
+        _charge(hv, caller, begin)
+        _reply(caller, [sequence, 0, *_values(outcome)])
 
 
 def look_at_rings(hv: Hypervisor) -> bool:
@@ -71,14 +72,13 @@ def look_at_rings(hv: Hypervisor) -> bool:
     domain = hv.busy_rings.look()
     if domain is None:
         return False
-    begin = time.monotonic_ns()
-    _run(hv, domain, callring.drain(hv, domain, callring.SPINS), lambda value, error: None)
-    _charge(hv, domain, begin)
+    _run(hv, domain, callring.drain(hv, domain, callring.SPINS), lambda value, error: None, time.monotonic_ns())
     return True
 
 
-def _run(hv: Hypervisor, caller: Domain, steps: Steps, done: Done) -> None:
-    """Drive a continuation of `caller`'s, whose queue is not read meanwhile; its later steps are charged as they run."""
+def _run(hv: Hypervisor, caller: Domain, steps: Steps, done: Done, begin: int) -> None:
+    """Drive a continuation of `caller`'s, whose queue is not read meanwhile; its steps are charged as they run, the first
+    from `begin` on."""
 
     def ended(value: Any, error: BaseException | None) -> None:
         caller.busy = False
@@ -91,30 +91,28 @@ def _run(hv: Hypervisor, caller: Domain, steps: Steps, done: Done) -> None:
         listen(hv, caller)
 
     caller.busy = True
-    run_task(_charged(hv, caller, steps), ended)
+    run_task(_charged(hv, caller, steps, begin), ended)
     if caller.busy:
         listen(hv, caller)
 
 
-def _charged(hv: Hypervisor, caller: Domain, steps: Steps) -> Steps:
-    """`steps`, with every step after the first on the caller's bill: the first is on its call's."""
+def _charged(hv: Hypervisor, caller: Domain, steps: Steps, begin: int) -> Steps:
+    """`steps`, with every step on the caller's bill before anything of its is sent: a receiver that wakes on this CPU
+    would run on our clock."""
     value: Any = None
     wait: Wait
-    first = True
     while True:
-        begin = time.monotonic_ns()
         try:
             wait = steps.throw(value) if isinstance(value, BaseException) else steps.send(value)
         except StopIteration as stop:
             return stop.value
         finally:
-            if not first:
-                _charge(hv, caller, begin)
-        first = False
+            _charge(hv, caller, begin)
         try:
             value = yield wait
         except BaseException as error:
             value = error
+        begin = time.monotonic_ns()
 
 
 def _charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
@@ -124,7 +122,7 @@ def _charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
     wait_ns = caller.budget.charge(begin, end)
     if not wait_ns or caller.parked or caller.privileged or caller.flags & CreateFlags.DRIVER:
         return
-    if hv.demand.others(caller, end):
+    if hv.demand.others(caller):
         caller.parked = True
         caller.parkings += 1
         hv.loop.at(end + wait_ns, lambda: _unpark(hv, caller))

@@ -50,11 +50,11 @@ class MachineMemory:
         return self._base + mfn * PAGE_SIZE
 
     def read(self, mfn: int, offset: int, size: int) -> bytes:
-        """One copy of bytes within a frame."""
+        """One copy of bytes within a frame, or frames that follow it."""
         start = mfn * PAGE_SIZE + offset
         return self._map[start : start + size]
 
-    def write(self, mfn: int, offset: int, data: bytes) -> None:
+    def write(self, mfn: int, offset: int, data: bytes | bytearray) -> None:
         start = mfn * PAGE_SIZE + offset
         self._map[start : start + len(data)] = data
 

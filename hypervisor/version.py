@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 
+VERSION = abi.ABI_MAJOR << 16 | abi.ABI_MINOR
+
+
 @hypercall(abi.XenVersion)
 def version(hv: Hypervisor, caller: Domain, call: abi.XenVersion) -> int:
-    return abi.ABI_MAJOR << 16 | abi.ABI_MINOR
+    return VERSION
 
 
 @hypercall(abi.XenExtraVersion)

@@ -1,7 +1,7 @@
 """Hypercalls (rows c1 to c3), against a bare echo over POSIX queues with msgpack at the same placement; and fairness (R12).
 
-c1 one call by a message; c2 a list of 128 event sends through the Python handlers; c3 the same over the hypercall ring, to a
-port that is pending already; R12 a domain's calls while two neighbours flood, one with short calls, one with lists of 256.
+c1 one call by a message; c2 a list of 128 calls, each through its Python handler; c3 128 event sends over the hypercall ring,
+to a port that is pending already; R12 a domain's calls while two neighbours flood, one with short calls, one with lists of 256.
 """
 
 from __future__ import annotations
