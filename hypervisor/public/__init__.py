@@ -18,5 +18,5 @@
                            map_foreign 1000, unmap_foreign 1001, launch_info 1002       domctl
     48  callring           setup 0, kick 1                                              callring
 
-ABI.md says the same with offsets and rules; ring1.h and io/ring1_io.h are the same for C.
+ABI.md says the same with offsets and rules; ring1.h, ring1_message.h and io/ring1_io.h are the same for C.
 """

@@ -1,8 +1,9 @@
-/* ring1's contract for C: the numbers and records of hypervisor/public, and how a hypercall is written down.
+/* ring1's contract for C: the numbers and records of hypervisor/public.
  *
  * For freestanding programs: needs the compiler's <stddef.h> and <stdint.h> and nothing else. ABI.md says what everything
- * means and who writes what; io/ring1_io.h has the devices. Names are Xen's where Xen has the thing, RING1_ where it is
- * ours. tests/contracts/test_header.py compares every value here with the Python, and ABI.md with both.
+ * means and who writes what; ring1_message.h writes hypercalls down, io/ring1_io.h has the devices. Names are Xen's where
+ * Xen has the thing, RING1_ where it is ours. tests/contracts/test_header.py compares every value here with the Python,
+ * and ABI.md with both.
  *
  * x86-64, little-endian. What the other side may be changing is read by __atomic_load_n, once; only the copy is believed. */
 #ifndef RING1_H
@@ -86,8 +87,10 @@ enum {                                     /* statuses of a reply; 0 is success 
 /* ---- hypercalls: the number, then the sub-operation (its first field), then the fields */
 
 #define __HYPERVISOR_memory_op 12
+#define XENMEM_decrease_reservation 1      /* u64 address, u32 count -> how many were done */
 #define XENMEM_current_reservation 3       /* u16 domid -> frames */
 #define XENMEM_maximum_reservation 4       /* u16 domid -> frames */
+#define XENMEM_populate_physmap 6          /* u64 address, u32 count -> how many were done */
 
 #define __HYPERVISOR_multicall 13          /* no sub-operation: u64 address, u32 count */
 #define __HYPERVISOR_set_timer_op 15       /* no sub-operation: u64 deadline_ns */
@@ -103,12 +106,16 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define __HYPERVISOR_grant_table_op 20
 #define GNTTABOP_map_grant_ref 0           /* u64 address, u32 count -> how many with status 0 */
 #define GNTTABOP_unmap_grant_ref 1         /* u64 address, u32 count -> how many with status 0 */
+#define GNTTABOP_setup_table 2             /* u16 domid, u32 nr_frames, u64 address */
+#define GNTTABOP_transfer 4                /* u64 address, u32 count -> how many with status 0 */
+#define GNTTABOP_copy 5                    /* u64 address, u32 count -> how many with status 0 */
 #define GNTTABOP_query_size 6              /* u16 domid -> nr_frames, max_nr_frames */
 
 #define __HYPERVISOR_sched_op 29
 #define SCHEDOP_yield 0
 #define SCHEDOP_block 1
 #define SCHEDOP_shutdown 2                 /* u32 reason, u32 code, text why; no reply */
+#define SCHEDOP_poll 3                     /* u64 address, u32 count, u64 timeout_ns */
 
 #define __HYPERVISOR_event_channel_op 32
 #define EVTCHNOP_bind_interdomain 0        /* u16 remote_domid, u32 remote_port -> port */
@@ -280,8 +287,11 @@ RING1_AT(shared_info, wc_nsec, 3080); RING1_AT(shared_info, wc_sec_hi, 3084); RI
 enum {
     GTF_invalid = 0,
     GTF_permit_access = 1,
+    GTF_accept_transfer = 2,
     GTF_type_mask = 3,
-    GTF_readonly = 4,
+    GTF_readonly = 4,           /* of permit_access */
+    GTF_transfer_committed = 4, /* of accept_transfer */
+    GTF_transfer_completed = 8,
     GTF_reading = 8,
     GTF_writing = 16,
 };
@@ -298,6 +308,14 @@ enum {
     GNTST_bad_virt_addr = -5,
     GNTST_no_device_space = -7,
     GNTST_permission_denied = -8,
+    GNTST_bad_page = -9,
+    GNTST_bad_copy_arg = -10,
+    GNTST_address_too_big = -11,
+    GNTST_eagain = -12,
+};
+enum {
+    GNTCOPY_source_gref = 1,
+    GNTCOPY_dest_gref = 2,
 };
 #define RING1_GREF_CONSOLE 0
 #define RING1_GREF_XENSTORE 1
@@ -333,69 +351,31 @@ RING1_SIZE(gnttab_unmap_grant_ref, 24); RING1_AT(gnttab_unmap_grant_ref, host_ad
 RING1_AT(gnttab_unmap_grant_ref, dev_bus_addr, 8); RING1_AT(gnttab_unmap_grant_ref, handle, 16);
 RING1_AT(gnttab_unmap_grant_ref, status, 20);
 
-/* ---- messages: as much of msgpack as a hypercall needs. Each ring1_put returns the bytes written. */
+struct gnttab_transfer {
+    uint64_t pfn;                          /* the caller's frame that goes */
+    uint16_t domid;
+    uint32_t ref;                          /* an entry of domid's, GTF_accept_transfer */
+    int16_t status;                        /* OUT */
+    uint16_t pad[3];
+};
+RING1_SIZE(gnttab_transfer, 24); RING1_AT(gnttab_transfer, pfn, 0); RING1_AT(gnttab_transfer, domid, 8);
+RING1_AT(gnttab_transfer, ref, 12); RING1_AT(gnttab_transfer, status, 16);
 
-static inline uint32_t ring1_put_head(uint8_t *at, uint8_t kind, uint64_t value, uint32_t bytes)
-{
-    at[0] = kind;
-    for (uint32_t i = 0; i < bytes; i++)
-        at[1 + i] = (uint8_t)(value >> 8 * (bytes - 1 - i));
-    return 1 + bytes;
-}
+struct gnttab_copy_ptr {
+    uint64_t frame;                        /* a reference where the flag says so, else a pfn of the caller */
+    uint16_t domid, offset;
+    uint32_t pad;
+};
+RING1_SIZE(gnttab_copy_ptr, 16); RING1_AT(gnttab_copy_ptr, frame, 0); RING1_AT(gnttab_copy_ptr, domid, 8);
+RING1_AT(gnttab_copy_ptr, offset, 10);
 
-static inline uint32_t ring1_put_uint(uint8_t *at, uint64_t value) /* at most 9 bytes */
-{
-    if (value < 0x80)
-        return ring1_put_head(at, (uint8_t)value, 0, 0);
-    return value >> 32 ? ring1_put_head(at, 0xcf, value, 8) : ring1_put_head(at, 0xce, value, 4);
-}
-
-/* `kind`: 0xc4 for bytes, 0xd9 for text; size + 2 bytes are written. */
-static inline uint32_t ring1_put_string(uint8_t *at, uint8_t kind, const void *data, uint8_t size)
-{
-    for (uint32_t i = 0; i < size; i++)
-        at[2 + i] = ((const uint8_t *)data)[i];
-    return ring1_put_head(at, kind, size, 1) + size;
-}
-
-/* [op, sequence, n integers]; the sub-operation, where the call has one, is the first of them. `more` fields of text or
- * bytes follow by ring1_put_string. n + more <= 13, so that at most 136 bytes are written here. */
-static inline uint32_t ring1_request(uint8_t *at, uint32_t op, uint32_t sequence, const uint64_t *fields, uint32_t n,
-                                     uint32_t more)
-{
-    uint32_t size = ring1_put_head(at, (uint8_t)(0x90 + 2 + n + more), 0, 0);
-
-    size += ring1_put_uint(at + size, op);
-    size += ring1_put_uint(at + size, sequence);
-    for (uint32_t i = 0; i < n; i++)
-        size += ring1_put_uint(at + size, fields[i]);
-    return size;
-}
-
-/* The item of a reply at message[*at], which moves behind it: the value of an integer, the count of an array, the length of
- * a text, which then stands at message + *at - length. 0, or -1 where the message ends or holds what no reply has. */
-static inline int32_t ring1_get(const uint8_t *message, uint32_t size, uint32_t *at, int64_t *value)
-{
-    uint32_t kind = *at < size ? message[(*at)++] : 0xc1, bytes; /* 0xc1 is nothing */
-    uint64_t raw = 0;
-
-    if (kind < 0x80 || kind >= 0xe0) { /* -32..127 */
-        *value = (int8_t)kind;
-        return 0;
-    }
-    if (kind < 0xc0) { /* array of up to 15; text of up to 31 bytes; maps do not occur */
-        *value = kind & (kind < 0xa0 ? 15 : 31);
-        *at += kind < 0xa0 ? 0 : (uint32_t)*value;
-        return kind < 0x90 || *at > size ? -1 : 0;
-    }
-    bytes = kind >= 0xcc && kind <= 0xd3 ? 1u << (kind & 3) : kind == 0xd9 ? 1 : kind == 0xdc ? 2 : 9; /* 9: nothing */
-    if (bytes > 8 || size - *at < bytes)
-        return -1;
-    for (uint32_t i = 0; i < bytes; i++)
-        raw = raw << 8 | message[(*at)++];
-    *value = kind >= 0xd0 && kind <= 0xd3 ? (int64_t)(raw << (64 - 8 * bytes)) >> (64 - 8 * bytes) : (int64_t)raw;
-    *at += kind == 0xd9 ? (uint32_t)raw : 0;
-    return *at > size ? -1 : 0;
-}
+struct gnttab_copy {
+    struct gnttab_copy_ptr source, dest;
+    uint16_t len, flags;                   /* GNTCOPY_* */
+    int16_t status;                        /* OUT */
+    uint16_t pad;
+};
+RING1_SIZE(gnttab_copy, 40); RING1_AT(gnttab_copy, source, 0); RING1_AT(gnttab_copy, dest, 16);
+RING1_AT(gnttab_copy, len, 32); RING1_AT(gnttab_copy, flags, 34); RING1_AT(gnttab_copy, status, 36);
 
 #endif

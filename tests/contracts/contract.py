@@ -46,7 +46,7 @@ from hypervisor.public.types import Bits, Text
 from tests.conftest import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEADERS = ("ring1.h", "io/ring1_io.h")
+HEADERS = ("ring1.h", "ring1_message.h", "io/ring1_io.h")
 Field = tuple[int, str, str]
 Value = int | str
 
@@ -80,12 +80,15 @@ OPS = {
     "OP_SYSCTL": "__HYPERVISOR_sysctl", "OP_DOMCTL": "__HYPERVISOR_domctl", "OP_CALLRING": "RING1_OP_callring",
 }  # fmt: skip
 CALLS = {
+    "DecreaseReservation": "XENMEM_decrease_reservation", "PopulatePhysmap": "XENMEM_populate_physmap",
     "CurrentReservation": "XENMEM_current_reservation", "MaximumReservation": "XENMEM_maximum_reservation",
     "Multicall": "__HYPERVISOR_multicall", "SetTimer": "__HYPERVISOR_set_timer_op",
     "XenVersion": "XENVER_version", "XenExtraVersion": "XENVER_extraversion", "XenPageSize": "XENVER_pagesize",
     "ConsoleWrite": "CONSOLEIO_write",
     "GrantMap": "GNTTABOP_map_grant_ref", "GrantUnmap": "GNTTABOP_unmap_grant_ref", "GrantQuerySize": "GNTTABOP_query_size",
+    "GrantSetupTable": "GNTTABOP_setup_table", "GrantTransfer": "GNTTABOP_transfer", "GrantCopy": "GNTTABOP_copy",
     "SchedYield": "SCHEDOP_yield", "SchedBlock": "SCHEDOP_block", "SchedShutdown": "SCHEDOP_shutdown",
+    "SchedPoll": "SCHEDOP_poll",
     "BindInterdomain": "EVTCHNOP_bind_interdomain", "BindVirq": "EVTCHNOP_bind_virq", "EvtchnClose": "EVTCHNOP_close",
     "EvtchnSend": "EVTCHNOP_send", "EvtchnStatus": "EVTCHNOP_status", "AllocUnbound": "EVTCHNOP_alloc_unbound",
     "BindIpi": "EVTCHNOP_bind_ipi", "EvtchnUnmask": "EVTCHNOP_unmask", "EvtchnReset": "EVTCHNOP_reset",
@@ -106,6 +109,8 @@ RECORDS = {  # format characters of struct, in the order of the record's fields
     "grant_entry_v1": grant.ENTRY.format,
     "gnttab_map_grant_ref": grant.MAP_REF.format,
     "gnttab_unmap_grant_ref": grant.UNMAP_REF.format,
+    "gnttab_transfer": grant.TRANSFER.format,
+    "gnttab_copy": grant.COPY.format,
     "blkif_segment": blkif.SEGMENT.format,
     "blkif_request": blkif.HEAD.format + blkif.SEGMENT.format.removeprefix("<") * blkif.MAX_SEGMENTS,
     "blkif_response": blkif.RESPONSE.format,
@@ -166,6 +171,7 @@ def python_constants() -> dict[str, Value]:
         out |= {rule(name): int(member) for name, member in enum.__members__.items()}
     out |= {f"XEN_{errno.errorcode[number]}": number for number in errors.BY_ERRNO}
     out["RING1_UPCALL_SIGNAL"] = int(boot.UPCALL_SIGNAL)
+    out |= {"GNTCOPY_source_gref": 1, "GNTCOPY_dest_gref": 2}  # said in words by public/grant.py
     out |= {OPS[name]: number for name, number in vars(hypercall).items() if name.startswith("OP_")}
     out |= {CALLS[kind.__name__]: kind.CMD for kind in hypercall.ALL.values() if kind.OP in hypercall.WITH_CMD}
     return out

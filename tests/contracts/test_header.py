@@ -14,7 +14,7 @@ import pytest
 
 from dom0 import store, storeserver
 from domain import xenbus
-from hypervisor import console
+from hypervisor import console, sched
 from hypervisor.gate import boot, monitor, policy
 from hypervisor.public import domctl, errors, evtchn, grant, hypercall, layout
 from hypervisor.public.domctl import CreateFlags
@@ -125,11 +125,13 @@ def limits() -> dict[str, int]:
         "bytes of CONSOLEIO_write that the log takes of a domain in one second": console.GUEST_BYTES,
         "bytes that the log keeps": console.LOG_BYTES,
         "bytes of private memory of a domain's process (RLIMIT_DATA), its brk heap among them": boot.HEAP_BYTES,
+        "ports of one SCHEDOP_poll": sched.MAX_POLL,
         "seconds until a domain is ended whose monitor does not answer": int(monitor.ACK_SECONDS),
         "store: nodes owned by a domain": store.MAX_NODES,
         "store: watches of a domain": store.MAX_WATCHES,
         "store: transactions of a domain at a time": store.MAX_TRANSACTIONS,
         "store: bytes of a value": store.MAX_VALUE,
+        "store: paths that one transaction asked for": store.MAX_SEEN,
         "store: watch events that a domain has not read, before its connection is closed": storeserver.MAX_EVENTS,
     }
 
@@ -328,7 +330,7 @@ def _one_more(row: str) -> str:
         ("| kill | ptrace", "| kill | openat"),
         ("preadv2 pwritev2", "preadv2 pwritev2 mmap"),
         ("| 4 | 5 | stop | 5 |", "| 4 | 5 | stop | 6 |"),
-        ("| u16 | domid | [DOM] who may map it", "| s16 | domid | [DOM] who may map it"),
+        ("| u16 | domid | [DOM] who may use", "| s16 | domid | [DOM] who may use"),
         ("### struct start_info, 1168 bytes", "### struct start_info, 1160 bytes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The message functions of ring1.h, against msgpack and the decoder that every call passes through."""
+"""The functions of ring1_message.h, against msgpack and the decoder that every call passes through."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ uint32_t put_string(uint8_t *at, uint8_t kind, const void *data, uint8_t size);
 int32_t get(const uint8_t *message, uint32_t size, uint32_t *at, int64_t *value);
 """
 BODIES = """
-#include "ring1.h"
+#include "ring1_message.h"
 uint32_t request(uint8_t *at, uint32_t op, uint32_t sequence, const uint64_t *fields, uint32_t n, uint32_t more)
 { return ring1_request(at, op, sequence, fields, n, more); }
 uint32_t put_string(uint8_t *at, uint8_t kind, const void *data, uint8_t size)

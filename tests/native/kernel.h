@@ -3,6 +3,7 @@
 #define KERNEL_H
 
 #include "io/ring1_io.h"
+#include "ring1_message.h"
 
 enum { /* Linux's, x86-64 */
     SYS_read = 0,
