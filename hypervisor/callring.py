@@ -34,9 +34,10 @@ TURN = 64  # batches of 32 before everybody else has a turn
 
 
 class CallRing:
-    """One domain's ring; `c` is what the C kernel knows of it."""
+    """One domain's ring in its frame `mfn`, which cannot leave it any more; `c` is what the C kernel knows of it."""
 
-    def __init__(self, page: Any) -> None:
+    def __init__(self, page: Any, mfn: int) -> None:
+        self.mfn = mfn
         self.c: Any = ffi.new("struct callring *")
         self.entries: Any = ffi.buffer(self.c.entries)  # our copies, not the guest's page
         self.draining = False
@@ -100,7 +101,7 @@ def setup(hv: Hypervisor, caller: Domain, call: abi.CallringSetup) -> None:
     if caller.callring is not None:
         raise Exists("a hypercall ring")
 
-    caller.callring = CallRing(hv.machine.pointer(place[0]))
+    caller.callring = CallRing(hv.machine.pointer(place[0]), place[0])
 
 
 @hypercall(abi.CallringKick)

@@ -47,12 +47,17 @@ def take_out(hv: Hypervisor, caller: Domain, pfn: int) -> int | None:
     if not KERNEL_PFN <= pfn < len(caller.p2m) or caller.p2m[pfn] == NO_FRAME:
         return None
     mfn = caller.p2m[pfn]
-    if hv.frames.total[mfn] != OWN or virt(pfn) not in caller.own_refs:
+    if hv.frames.total[mfn] != OWN or virt(pfn) not in caller.own_refs or is_callring(caller, mfn):
         return None
 
     caller.p2m[pfn] = NO_FRAME
     caller.leaving.add(mfn)
     return mfn
+
+
+def is_callring(caller: Domain, mfn: int) -> bool:
+    """The hypervisor reads and writes this frame for as long as the domain lives, and counts no reference for it."""
+    return caller.callring is not None and caller.callring.mfn == mfn
 
 
 def unmap_own(hv: Hypervisor, caller: Domain, pfns: list[int]) -> Steps:

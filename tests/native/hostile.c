@@ -3,6 +3,8 @@
  *     (nothing)                     every call that is to be refused with an error; each says "name result", and the exit
  *                                   code is 0 if the filter refused them all
  *     attack=NAME                   one that is to kill: it says "NAME tried", and if it lives "NAME ALLOWED", exit code 1
+ *     attack=ring domid=D gref=G    makes a hypercall ring and tries to be rid of its frame, which the hypervisor would go
+ *                                   on writing, also by giving it to that domain; exit code 0 if it cannot
  *     attack=grant domid=D gref=G   maps that grant, which is for reading only, and then stores to it
  *
  * A refusal is EPERM or ENOSYS: any other error means that the call reached the host kernel. */
@@ -112,6 +114,22 @@ static void processes(void)
     refused("fault-number", SYS1(RING1_FAULT_NR, 0));
 }
 
+/* ---- a frame that the hypervisor writes */
+
+static int keep_the_ring(uint64_t taker, uint64_t gref)
+{
+    struct ring1_sring *ring = (struct ring1_sring *)(void *)spare;
+    uint64_t pfn = (VIRT(spare) - RING1_VIRT_BASE) / RING1_PAGE_SIZE;
+    struct gnttab_transfer gift = {.pfn = pfn, .domid = (uint16_t)taker, .ref = (uint32_t)gref};
+
+    ring->req_event = ring->rsp_event = 1;
+    report("ring-setup", CALL(RING1_OP_callring, RING1_CALLRING_setup, VIRT(spare)));
+    CALL(__HYPERVISOR_grant_table_op, GNTTABOP_transfer, VIRT(&gift), 1);
+    report("ring-transferred", gift.status);
+    report("ring-given-back", CALL(__HYPERVISOR_memory_op, XENMEM_decrease_reservation, VIRT(&pfn), 1));
+    return CALL(__HYPERVISOR_memory_op, XENMEM_current_reservation, DOMID_SELF) != (int64_t)start_page->xen.nr_pages;
+}
+
 /* ---- attacks that are to kill: each returns only where nothing stopped it */
 
 static void store(uint64_t va)
@@ -219,6 +237,8 @@ int kernel_main(void)
     name[n] = 0;
     put_text(put_text(line, name), " tried");
     say(line);
+    if (same(name, "ring"))
+        return keep_the_ring(number(option("domid=")), number(option("gref=")));
     if (!attack(name))
         return 2; /* no such attack */
     put_text(put_text(line, name), " ALLOWED");

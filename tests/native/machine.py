@@ -3,10 +3,11 @@
 The real gate, zygote, monitors and hypercalls; only the builder's part is done here, by the hypervisor's own hand, from
 ABI.md section 3. JOBS is a JSON list of jobs; the last line of output is a JSON list of their ends.
 
-    job   {"kernel": path of an ELF file, "cmdline": text, "unfiltered": bool}
+    job   {"kernel": path of an ELF file, "cmdline": text, "unfiltered": bool, "ring_may_leave": bool}
     end   {"exit_code": int, "reason": text, "console": text, "said": [lines of console_io]}
 
-Domain 1, paused for ever, grants its frame KERNEL_PFN read-only to every job's domain in turn, as its entry 8.
+Domain 1, paused for ever, grants its frame KERNEL_PFN read-only to every job's domain in turn, as its entry 8, and waits
+for a frame from it, entry 9. `unfiltered` and `ring_may_leave` are seeded defects; the second stays for the jobs after it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dom0 import elf
-from hypervisor import domctl, evtchn, lifecycle
+from hypervisor import domctl, evtchn, lifecycle, memory
 from hypervisor.core import Hypervisor
 from hypervisor.domain import DOM0, Domain
 from hypervisor.host import Host
@@ -46,12 +47,15 @@ from hypervisor.public.layout import (
     VIRT_BASE,
     virt,
 )
+from hypervisor.public.memory import DecreaseReservation
 from hypervisor.public.start_info import StartInfo
 from hypervisor.public.types import PAGE_SIZE
 
 FRAMES = 64
 GRANTER = 1
 GRANTED = 0x600D
+GRANT_REF, TRANSFER_REF = NR_RESERVED_ENTRIES, NR_RESERVED_ENTRIES + 1
+HOLE = KERNEL_PFN + 1
 
 
 class Machine:
@@ -61,7 +65,9 @@ class Machine:
         hv.domains[DOM0] = self.dom0
         hv.host.drop_privileges()
         self.granter = Domain(GRANTER, "granter", CreateFlags.NONE)
-        self.until_done(lifecycle.create(hv, self.granter, KERNEL_PFN + 1, ""))
+        self.until_done(lifecycle.create(hv, self.granter, KERNEL_PFN + 2, ""))
+        hv.machine.write(self.granter.p2m[KERNEL_PFN], 0, struct.pack("<Q", HOLE))
+        self.until_done(memory.decrease_reservation(hv, self.granter, DecreaseReservation(virt(KERNEL_PFN), 1)))
         hv.machine.write(self.granter.p2m[KERNEL_PFN], 0, struct.pack("<Q", GRANTED))
 
     def until_done(self, steps: Steps, each_turn: Callable[[], None] = lambda: None) -> None:
@@ -90,8 +96,10 @@ class Machine:
                 hv.machine.write(domain.p2m[segment.pfn + i // PAGE_SIZE], 0, segment.data[i : i + PAGE_SIZE])
         port = evtchn.alloc_unbound(hv, self.dom0, AllocUnbound(domid, DOM0))  # of the console; dom0 never binds it
         hv.machine.write(domain.p2m[START_INFO_PFN], 0, self.start_info(domain, port, job["cmdline"]).pack())
-        grant = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, KERNEL_PFN)
-        hv.machine.write(self.granter.p2m[GRANT_PFN], NR_RESERVED_ENTRIES * ENTRY.size, grant)
+        entries = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, KERNEL_PFN) + ENTRY.pack(Gtf.ACCEPT_TRANSFER, domid, HOLE)
+        hv.machine.write(self.granter.p2m[GRANT_PFN], GRANT_REF * ENTRY.size, entries)
+        if job.get("ring_may_leave"):
+            memory.is_callring = lambda caller, mfn: False
         launch = LaunchInfo(domid, image.entry, image.text.pfn, image.text.pages)
         self.until_done(domctl.launch_info(hv, self.dom0, launch))
         domctl.unpause(hv, self.dom0, UnpauseDomain(domid))

@@ -20,11 +20,11 @@ from hypervisor.domctl import launch_info
 from hypervisor.gate.monitor import Monitor, MonitorError, MonitorGone, Page
 from hypervisor.loop import Steps
 from hypervisor.public.domctl import CreateFlags, LaunchInfo
-from hypervisor.public.grant import NR_RESERVED_ENTRIES
+from hypervisor.public.grant import GrantStatus
 from hypervisor.public.layout import KERNEL_PFN, virt
 from tests.conftest import TIMEOUT
 from tests.native.build import HERE, KERNELS, BuildError, build, compile_object
-from tests.native.machine import FRAMES, GRANTED, GRANTER
+from tests.native.machine import FRAMES, GRANT_REF, GRANTED, GRANTER, TRANSFER_REF
 
 SIGSYS, SIGSEGV = "SIGSYS: ", "SIGSEGV: "
 FATAL = {
@@ -46,10 +46,13 @@ def jobs(kernels: Path) -> list[dict[str, Any]]:
     """All of them in one machine: a domain costs 5 ms, a hypervisor 50 times that."""
     hostile = {"kernel": str(kernels / "hostile"), "unfiltered": False}
     lines = ["", *(f"attack={name}" for name in (*FATAL, FATAL_EITHER_WAY))]
-    lines.append(f"attack=grant domid={GRANTER} gref={NR_RESERVED_ENTRIES}")
+    lines.append(f"attack=grant domid={GRANTER} gref={GRANT_REF}")
+    ring = f"attack=ring domid={GRANTER} gref={TRANSFER_REF}"
+    lines.append(ring)
     out = [{"kernel": str(kernels / "hello"), "cmdline": "", "unfiltered": False}]
     out += [{**hostile, "cmdline": line} for line in lines]
-    return [*out, *({**hostile, "cmdline": line, "unfiltered": True} for line in ("", "attack=pidfd_open"))]
+    out += [{**hostile, "cmdline": line, "unfiltered": True} for line in ("", "attack=pidfd_open")]
+    return [*out, {**hostile, "cmdline": ring, "unfiltered": True, "ring_may_leave": True}]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,14 @@ def test_a_frame_granted_for_reading_is_only_read(ends: dict[tuple[str, bool], A
     assert end["reason"].startswith(SIGSEGV)
 
 
-# ---- and would be seen to succeed: the same kernel without the filter
+def test_the_frame_of_a_hypercall_ring_stays(ends: dict[tuple[str, bool], Any]) -> None:
+    """The hypervisor goes on writing it, whoever's it would be then."""
+    end = ends["ring", False]
+    assert end["said"] == ["ring tried", "ring-setup 0", f"ring-transferred {GrantStatus.BAD_PAGE}", "ring-given-back 0"]
+    assert end["exit_code"] == 0
+
+
+# ---- and would be seen to succeed: the same kernel without the filter, or without the check
 
 
 def test_without_the_filter_most_calls_reach_the_host(ends: dict[tuple[str, bool], Any]) -> None:
@@ -170,4 +180,10 @@ def test_without_the_filter_most_calls_reach_the_host(ends: dict[tuple[str, bool
 def test_without_the_filter_an_attack_lives(ends: dict[tuple[str, bool], Any]) -> None:
     end = ends["pidfd_open", True]
     assert end["said"] == ["pidfd_open tried", "pidfd_open ALLOWED"]
+    assert end["exit_code"] == 1
+
+
+def test_without_the_check_a_ring_leaves(ends: dict[tuple[str, bool], Any]) -> None:
+    end = ends["ring", True]
+    assert end["said"][2] == "ring-transferred 0"
     assert end["exit_code"] == 1
