@@ -33,6 +33,6 @@ class CallringSetup(Hypercall[None]):
 
 
 class CallringKick(Hypercall[None]):
-    """The doorbell: answer everything in the ring, then reply. Raises Invalid (no ring; or from within a list)."""
+    """The doorbell: answer everything in the ring, then reply. Raises Invalid (no ring; or from within the ring)."""
 
     OP, CMD = OP_CALLRING, 1
