@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from domain import memory
-from domain.sched import Event, Queue, Task
+from domain.sched import Event, Queue, Task, gather
 from domain.xenbus import FRONTEND, Device
 from hypervisor.public.errors import XenError
 from hypervisor.public.io.blkif import (
@@ -136,8 +136,7 @@ class BlockDevice(Device):
 
     async def read(self, sector: int, count: int) -> bytes:
         """`count` sectors from `sector`. Raises BlockError."""
-        tasks = [self.kernel.spawn(self._read(at, n)) for at, n in _pieces(sector, count)]
-        return b"".join([await task for task in tasks])
+        return b"".join(await gather(self._read(at, n) for at, n in _pieces(sector, count)))
 
     async def write(self, sector: int, data: bytes) -> None:
         """Whole sectors. Returned: acknowledged, not yet durable (flush). Raises BlockError, ValueError."""
@@ -145,9 +144,7 @@ class BlockDevice(Device):
             raise ValueError(f"{len(data)} bytes are not whole sectors")
         pieces = _pieces(sector, len(data) // SECTOR)
         view = memoryview(data)
-        at = [(first, view[(first - sector) * SECTOR : (first - sector + n) * SECTOR]) for first, n in pieces]
-        for task in [self.kernel.spawn(self._write(first, part)) for first, part in at]:
-            await task
+        await gather(self._write(at, view[(at - sector) * SECTOR : (at - sector + n) * SECTOR]) for at, n in pieces)
 
     async def flush(self) -> None:
         """Every write acknowledged before is on stable storage. Raises BlockError."""

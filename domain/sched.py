@@ -4,7 +4,7 @@ A domain is one virtual CPU: one task runs until it awaits. There is no preempti
 
 Interface:
   * Scheduler.spawn(coroutine) -> Task; run(until=task): drives everything, calling `idle(timeout_s)` with nothing to run.
-  * Event, Queue: what tasks wait on. sleep_until, timeout.
+  * Event, Queue: what tasks wait on. sleep_until, gather, timeout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -228,6 +228,16 @@ async def sleep_until(deadline_ns: int) -> None:
 
 async def sleep(seconds: float) -> None:
     await sleep_until(current_scheduler().now_ns() + int(seconds * 1e9))
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All side by side; their values in order, or the first error, once every one has ended."""
+    tasks = [current_scheduler().spawn(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task._finished.waited = True  # an error is ours to raise, however early it comes
+    for task in tasks:
+        await task._finished.wait()
+    return [await task for task in tasks]
 
 
 async def timeout(seconds: float, coroutine: Coroutine[Any, Any, T]) -> T:
