@@ -122,12 +122,13 @@ class Devices:
         return claim
 
     async def _publish(self, device: Device, front: Keys, back: Keys) -> None:
-        """Both nodes, the frontend's first; the backend begins when it sees `frontend`, which is written last."""
+        """Both nodes, so that neither end finds the other's missing: the backend's, the frontend's, and `frontend` last of
+        all, where the backend begins."""
         store = self._kernel.store
         f, b = device.frontend_path, device.backend_path
         pairs: list[tuple[str, int, int, Keys]] = [
-            (f, device.domid, device.backend, {**front, "backend": b, "backend-id": device.backend}),
             (b, device.backend, device.domid, {**back, "frontend-id": device.domid, "online": 1}),
+            (f, device.domid, device.backend, {**front, "backend-id": device.backend, "backend": b}),
         ]
         for path, owner, reader, keys in pairs:
             await store.mkdir(path)

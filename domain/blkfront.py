@@ -69,7 +69,7 @@ class BlockDevice(Device):
         device._runner = kernel.spawn(device.run(), name=f"blkfront {name}")
         await device._settled.wait()
         if device.state != XenbusState.CONNECTED:
-            raise BlockError(device.error or await device.other("error") or f"{name}: the backend closed")
+            raise BlockError(await device.other("error") or device.error or f"{name}: the backend closed")
         return device
 
     def __init__(self, kernel: Kernel, path: str, otherend: str, otherend_id: int) -> None:
@@ -81,6 +81,7 @@ class BlockDevice(Device):
         self._free: Queue[_Slot] = Queue()
         self._slots: list[_Slot] = []
         self._runner: Task[None]
+        self._receiver: Task[None] | None = None
 
     # ---- the steps of the table
 
@@ -107,7 +108,7 @@ class BlockDevice(Device):
 
     async def switch(self, state: XenbusState) -> None:
         await super().switch(state)
-        if state in (XenbusState.CONNECTED, XenbusState.CLOSED):
+        if state >= XenbusState.CONNECTED:
             self._settled.set()
 
     async def stop(self) -> None:
@@ -116,7 +117,8 @@ class BlockDevice(Device):
 
     async def release(self) -> None:
         """The backend has let go: the pool is ours again."""
-        self._receiver.cancel()
+        if self._receiver is not None:
+            self._receiver.cancel()
         self.kernel.evtchn.close(self._port)
         try:
             for ref in [self._ring_ref, *(ref for slot in self._slots for ref in slot.grefs)]:

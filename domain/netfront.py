@@ -49,7 +49,7 @@ class NetDevice(Device):
         device._runner = kernel.spawn(device.run(), name=f"netfront {name}")
         await device._settled.wait()
         if device.state != XenbusState.CONNECTED:
-            raise NetError(device.error or await device.other("error") or f"{name}: the backend closed")
+            raise NetError(await device.other("error") or device.error or f"{name}: the backend closed")
         return device
 
     def __init__(self, kernel: Kernel, path: str, otherend: str, otherend_id: int) -> None:
@@ -65,6 +65,7 @@ class NetDevice(Device):
         self._pages: list[Pages] = []
         self._refs: list[int] = []
         self._runner: Task[None]
+        self._interrupts: Task[None] | None = None
 
     @property
     def stats(self) -> dict[str, int]:
@@ -98,7 +99,7 @@ class NetDevice(Device):
 
     async def switch(self, state: XenbusState) -> None:
         await super().switch(state)
-        if state in (XenbusState.CONNECTED, XenbusState.CLOSED):
+        if state >= XenbusState.CONNECTED:
             self._settled.set()
 
     async def stop(self) -> None:
@@ -109,7 +110,8 @@ class NetDevice(Device):
 
     async def release(self) -> None:
         """The backend has let go: the pools are ours again."""
-        self._interrupts.cancel()
+        if self._interrupts is not None:
+            self._interrupts.cancel()
         self.kernel.evtchn.close(self._port)
         try:
             for ref in self._refs:

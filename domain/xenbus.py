@@ -17,8 +17,9 @@
                                                     close: 5 Closing -> frontend closes, backend follows
 
 A table says {(mine, theirs): step}; a step does the work and the table's next state is published after it. Watches merge
-and states may be skipped, so every pair that can be seen is here; a missing pair means "nothing to do yet". A node that
-vanished counts as Closed.
+and states may be skipped, so every pair that can be seen is here; a missing pair means "nothing to do yet". The toolstack
+makes both nodes before either end looks: one that is not there was taken away, and counts as Closed, as does one that
+cannot be read or says nothing known. What the other end wrote is never believed to be more than text.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from hypervisor.public.io.xenbus import XenbusState
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
-UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = XenbusState
-STATES = {str(int(state)): state for state in XenbusState}
+_, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = XenbusState
+STATES = {str(int(state)): state for state in XenbusState if state != XenbusState.UNKNOWN}
 
 Table = Mapping[tuple[XenbusState, XenbusState], tuple[str, XenbusState]]
 
@@ -42,10 +43,11 @@ FRONTEND: Table = {
     (INITIALISING, INIT_WAIT): ("publish", INITIALISED),
     (INITIALISING, INITIALISED): ("publish", INITIALISED),
     (INITIALISED, CONNECTED): ("connect", CONNECTED),
-    (INITIALISED, CLOSING): ("stop", CLOSED),
-    (INITIALISED, CLOSED): ("stop", CLOSED),
+    (INITIALISING, CLOSED): ("stop", CLOSED),
+    (INITIALISED, CLOSING): ("stop", CLOSING),
+    (INITIALISED, CLOSED): ("stop", CLOSING),
     (CONNECTED, CLOSING): ("stop", CLOSING),
-    (CONNECTED, CLOSED): ("stop", CLOSED),
+    (CONNECTED, CLOSED): ("stop", CLOSING),
     (CLOSING, CLOSED): ("release", CLOSED),
 }
 
@@ -104,20 +106,29 @@ class Device:
     async def switch(self, state: XenbusState) -> None:
         """Tell the other end."""
         self.state = state
-        try:
-            await self.store.write(f"{self.path}/state", int(state))
-        except StoreError:
-            pass  # our node was taken away: the toolstack has the last word
+        await self._say("state", int(state))
 
-    async def fail(self, why: str) -> None:
-        """Close this device, and only this one, with a sentence for the user."""
-        self.error = self.error or why
+    async def _say(self, key: str, value: str | int) -> None:
+        """Unless our node was taken away: the toolstack has the last word, and writing would make it again."""
         try:
-            await self.store.write(f"{self.path}/error", why)
+            await self.store.read(f"{self.path}/state")
+            await self.store.write(f"{self.path}/{key}", value)
         except StoreError:
             pass
-        await getattr(self, "stop" if self.TABLE is FRONTEND else "release")()
-        await self.switch(CLOSED)
+
+    async def fail(self, why: str) -> None:
+        """Close this device, and only this one, with a sentence for the user.
+
+        A frontend that has published waits, Closing, until the backend has let go of what it was given.
+        """
+        self.error = self.error or why
+        await self._say("error", why)
+        if self.state == CLOSED:
+            return
+        waits = self.TABLE is FRONTEND and self.state != INITIALISING
+        step = "stop" if self.TABLE is FRONTEND else "release"
+        await getattr(self, step)()
+        await self.switch(CLOSING if waits else CLOSED)
 
     async def run(self) -> None:
         """Follow the other end until both are closed. The one driver of both tables."""
@@ -125,15 +136,9 @@ class Device:
         try:
             while self.state != CLOSED:
                 await watch.next()
-                await self.follow(await self.other_state())
+                await self.follow(STATES.get(await self.other("state"), CLOSED))
         finally:
             await watch.close()
-
-    async def other_state(self) -> XenbusState:
-        text = await self.other("state")
-        if not text and self.TABLE is FRONTEND and self.state == INITIALISING:
-            return UNKNOWN  # the backend's node is made after ours; a backend begins when both are there
-        return STATES.get(text, CLOSED)
 
     async def follow(self, theirs: XenbusState) -> None:
         """Take every step that the pair of states asks for."""
@@ -142,10 +147,10 @@ class Device:
             work: Callable[[], Awaitable[None]] = getattr(self, step)
             try:
                 await work()
-            except DeviceError as error:
+            except (DeviceError, StoreError) as error:
                 await self.fail(str(error))
-                return
-            await self.switch(after)
+            else:
+                await self.switch(after)
 
 
 class DeviceError(Exception):
