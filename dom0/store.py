@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hypervisor.public.io.xs_wire import ABS_PATH_MAX, REL_PATH_MAX, XsType
@@ -56,11 +56,11 @@ class Node:
 
 @dataclass
 class Transaction:
-    """An overlay: what it read (with generations) and what it would write. None: removed."""
+    """An overlay: what it read (with generations), what it would write (None: removed), and whom to tell of it, in order."""
 
     seen: dict[str, int] = field(default_factory=dict)
     changed: dict[str, Node | None] = field(default_factory=dict)
-    fired: list[str] = field(default_factory=list)
+    fired: dict[str, None] = field(default_factory=dict)
 
 
 def parent(path: str) -> str:
@@ -74,7 +74,7 @@ class Store:
         self.nodes: dict[str, Node] = {"/": Node(perms=(("r", 0),))}
         self.connections: set[Connection] = set()
         self._generation = 0
-        self.owned: Counter[int] = Counter()
+        self.owned: Counter[int] = Counter({0: 1})
 
     # ---- the tree, through a transaction's overlay where there is one
 
@@ -83,7 +83,16 @@ class Store:
         if tx is None:
             return node
         tx.seen.setdefault(path, node.generation if node else -1)
-        return tx.changed.get(path, node)
+        node = tx.changed.get(path, node)
+        return node if node and self._reached(path, tx) else None
+
+    def _reached(self, path: str, tx: Transaction) -> bool:
+        """All above it is there for the transaction: meanwhile others remove what is above, and make what is below."""
+        while path != "/":
+            path = parent(path)
+            if tx.changed.get(path, self.nodes.get(path)) is None:
+                return False
+        return True
 
     def edit(self, path: str, tx: Transaction | None) -> Node:
         """The node to change; within a transaction, a copy of it."""
@@ -106,20 +115,31 @@ class Store:
         else:
             tx.changed[path] = node
 
-    def drop(self, path: str, tx: Transaction | None) -> None:
-        """The node and all below it. A loop: how deep a tree is was a guest's choice, how deep we may recurse is not."""
-        doomed = [path]
-        while doomed:
-            path = doomed.pop()
-            node = self.get(path, tx)
-            if node is None:
-                continue
-            doomed += [f"{path.rstrip('/')}/{name}" for name in node.children]
+    def drop(self, path: str, tx: Transaction | None) -> dict[str, Node]:
+        """The node and all below it, which a guest may have made as deep as its quota; returns them."""
+        dropped: dict[str, Node] = {}
+        todo = [path]
+        while todo:
+            at = todo.pop()
+            node = self.get(at, tx)
+            if node is not None:
+                dropped[at] = node
+                todo += [f"{at.rstrip('/')}/{name}" for name in node.children]
+        for at, node in dropped.items():
             if tx is None:
                 self.owned[node.owner] -= 1
-                del self.nodes[path]
+                del self.nodes[at]
             else:
-                tx.changed[path] = None
+                tx.changed[at] = None
+        return dropped
+
+    def owned_after(self, domid: int, tx: Transaction | None) -> int:
+        """Nodes that `domid` owns, once `tx` is committed."""
+        count = self.owned[domid]
+        for path, changed in tx.changed.items() if tx else ():
+            old = self.nodes.get(path)
+            count += (changed is not None and changed.owner == domid) - (old is not None and old.owner == domid)
+        return count
 
     def commit(self, tx: Transaction) -> bool:
         """Apply, if nothing it saw has changed since; all or nothing."""
@@ -127,6 +147,7 @@ class Store:
             node = self.nodes.get(path)
             if (node.generation if node else -1) != generation:
                 return False
+        removed: dict[str, Node] = {}
         for path, changed in tx.changed.items():
             old = self.nodes.pop(path, None)
             if old is not None:
@@ -136,19 +157,28 @@ class Store:
                 changed.generation = self._generation
                 self.nodes[path] = changed
                 self.owned[changed.owner] += 1
+            elif old is not None:
+                removed[path] = old
         for path in tx.fired:
-            self.fire(path)
+            self.fire(path, removed)
         return True
 
-    def fire(self, path: str, recursive: bool = False) -> None:
-        """Tell the watches at, above, and (for a removal) below `path`."""
-        node = self.nodes.get(path)
+    def fire(self, path: str, removed: Mapping[str, Node] | None = None) -> None:
+        """Tell the watches at and above `path`, and those on nodes below it that were `removed`, of a change there.
+
+        Only who may read the node is told, or might have, where it was removed: its name is news too.
+        """
+        removed = removed or {}
+        changed = self.nodes.get(path) or removed.get(path)
         for connection in list(self.connections):
             for watched, token in list(connection.watches):
-                above = watched in (path, "/") or path.startswith(watched + "/")
-                below = recursive and watched.startswith(path + "/")
-                if (above or below) and (node is None or node.allows(connection.domid, "r")):
-                    connection.event(path if above else watched, token)
+                node, told = None, path
+                if watched in (path, "/") or path.startswith(watched + "/"):
+                    node = changed
+                elif watched.startswith(path + "/"):
+                    node, told = removed.get(watched), watched
+                if node is not None and node.allows(connection.domid, "r"):
+                    connection.event(told, token)
 
 
 class Connection:
@@ -252,9 +282,8 @@ class Connection:
         assert base is not None
         if not base.allows(self.domid, "w"):
             raise StoreRefusal("EACCES")
-        pending = sum(1 for node in tx.changed.values() if node) if tx else 0
-        if self.domid and self.store.owned[self.domid] + pending + len(missing) > MAX_NODES:
-            raise StoreRefusal("EQUOTA" if hasattr(errno, "EQUOTA") else "ENOSPC")
+        if self.domid and self.store.owned_after(self.domid, tx) + len(missing) > MAX_NODES:
+            raise StoreRefusal("ENOSPC")
         perms = base.perms if self.domid in (0, base.owner) else ((base.perms[0][0], self.domid), *base.perms[1:])
         for new in reversed(missing):
             self.store.edit(parent(new), tx).children.add(new.rsplit("/", 1)[1])
@@ -269,11 +298,11 @@ class Connection:
         if path == "/" or not node.allows(self.domid, "w"):
             raise StoreRefusal("EACCES" if path != "/" else "EINVAL")
         self.store.edit(parent(path), tx).children.discard(path.rsplit("/", 1)[1])
-        self.store.drop(path, tx)
+        removed = self.store.drop(path, tx)
         if tx is None:
-            self.store.fire(path, recursive=True)
+            self.store.fire(path, removed)
         else:
-            tx.fired.append(path)
+            tx.fired[path] = None
 
     def _set_perms(self, path: str, raw: list[bytes], tx: Transaction | None) -> None:
         matches = [PERM.match(p.decode("ascii", "replace")) for p in raw]
@@ -318,11 +347,16 @@ class Connection:
         if tx is None:
             raise StoreRefusal("EINVAL")
         del self._transactions[tx_id]
-        if commit and not self.store.commit(tx):
+        if not commit:
+            return
+        after = self.store.owned_after(self.domid, tx)
+        if self.domid and after > MAX_NODES and after > self.store.owned[self.domid]:
+            raise StoreRefusal("ENOSPC")  # several transactions, each within it
+        if not self.store.commit(tx):
             raise StoreRefusal("EAGAIN")
 
     def _fire(self, path: str, tx: Transaction | None) -> None:
         if tx is None:
             self.store.fire(path)
         else:
-            tx.fired.append(path)
+            tx.fired[path] = None

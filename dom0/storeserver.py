@@ -88,7 +88,7 @@ class StoreServer:
             return False
         self._buffer += data
         self._kernel.evtchn.send(self._port)  # there is room again
-        while len(self._buffer) >= HEADER.size:
+        while len(self._buffer) >= HEADER.size and not self.closed:
             kind, req_id, tx_id, length = HEADER.unpack_from(self._buffer)
             if length > PAYLOAD_MAX:
                 raise Broken(f"a message of {length} bytes")
