@@ -61,6 +61,8 @@ class Task(Generic[T]):
 
     def step(self) -> None:
         self._queued = False
+        if self.done:
+            return  # it cancelled itself, and ended before that could reach it
         try:
             if self._cancelled:
                 self._cancelled = False

@@ -265,6 +265,25 @@ def test_a_cancelled_waiter_is_forgotten_by_its_event(clock: Clock) -> None:
     run(clock, main())
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_task_may_cancel_itself(clock: Clock, ends: bool) -> None:
+    """As a server does that closes its own connection: it ends by returning, or at its next wait."""
+
+    async def work() -> str:
+        clock.current.cancel()  # type: ignore[union-attr]
+        if not ends:
+            await sleep(1)
+        return "ended"
+
+    async def main() -> Task[str]:
+        task = clock.spawn(work())
+        await sleep(2)
+        return task
+
+    task = run(clock, main())
+    assert task.done and (task.value == "ended" if ends else isinstance(task.error, Cancelled)) and not clock.failed
+
+
 def test_except_exception_lets_a_cancel_pass(clock: Clock) -> None:
     async def stubborn() -> str:
         try:
