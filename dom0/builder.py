@@ -157,8 +157,22 @@ def _fill(kernel: Kernel, domid: int, name: str, image: Image, frames: int, cmdl
             write_frames(kernel, domid, segment.pfn, bytes(segment.offset) + segment.data)
         text = image.native.text
         kernel.call(LaunchInfo(domid, image.native.entry, text.pfn, text.pages))
+    return _connect(kernel, domid, ports)
+
+
+def _connect(kernel: Kernel, domid: int, ports: list[int]) -> Built:
+    """dom0's ends of store and console; none of them where the domain died before the last. Raises XenError, GrantError."""
     pages = kernel.grants.map(domid, [GREF_CONSOLE, GREF_XENSTORE])
-    return Built(domid, evtchn.bind_interdomain(domid, ports[0]), evtchn.bind_interdomain(domid, ports[1]), pages)
+    ours: list[int] = []
+    try:
+        for port in ports:
+            ours.append(kernel.evtchn.bind_interdomain(domid, port))
+    except XenError:
+        for port in ours:
+            kernel.evtchn.close(port)
+        kernel.grants.unmap(pages)
+        raise
+    return Built(domid, ours[0], ours[1], pages)
 
 
 def write_frames(kernel: Kernel, domid: int, pfn: int, data: bytes) -> None:
@@ -171,12 +185,14 @@ def write_frames(kernel: Kernel, domid: int, pfn: int, data: bytes) -> None:
 
 def _with_frames(kernel: Kernel, domid: int, pfn: int, count: int, writes: Sequence[tuple[int, bytes]]) -> None:
     va = kernel.grants.reserve(count)
-    kernel.call(MapForeign(domid, pfn, count, va))
     try:
-        for offset, data in writes:
-            memory.write(KERNEL_WINDOW + va + offset, data)
+        kernel.call(MapForeign(domid, pfn, count, va))
+        try:
+            for offset, data in writes:
+                memory.write(KERNEL_WINDOW + va + offset, data)
+        finally:
+            kernel.call(UnmapForeign(va, count))
     finally:
-        kernel.call(UnmapForeign(va, count))
         kernel.grants.unreserve(va, count)
 
 
