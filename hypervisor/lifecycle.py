@@ -125,6 +125,9 @@ def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
     """A Wait for (message, descriptors) of the child. Its death is seen by the monitor's fail_all."""
 
     def wait(resume: Resume) -> None:
+        if monitor.gone:  # it died before we were told its pid: its burial waits on this very socket already
+            hv.loop.soon(lambda: resume(MonitorGone("died before it was ready")))
+            return
         fd = monitor.sock.fileno()
 
         def finish(value: object) -> None:
@@ -144,10 +147,7 @@ def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
 
         timer = hv.loop.at(time.monotonic_ns() + int(BOOT_SECONDS * 1e9), lambda: finish(MonitorGone("start-up timed out")))
         monitor.on_gone = lambda: finish(MonitorGone("died before it was ready"))
-        if monitor.gone:
-            hv.loop.soon(monitor.on_gone)
-        else:
-            hv.loop.watch(fd, look)
+        hv.loop.watch(fd, look)
 
     return wait
 
