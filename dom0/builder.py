@@ -28,7 +28,7 @@ from hypervisor.public.domctl import (
     MapForeign,
     UnmapForeign,
 )
-from hypervisor.public.errors import XenError
+from hypervisor.public.errors import Exists, NoMemory, NoSpace, XenError
 from hypervisor.public.grant import GREF_CONSOLE, GREF_XENSTORE, Gtf
 from hypervisor.public.layout import (
     CONSOLE_PFN,
@@ -54,6 +54,11 @@ if TYPE_CHECKING:
 
 DOM0 = 0
 CHUNK = 64  # frames mapped at a time: one monitor batch at worst
+REFUSALS: dict[type[XenError], str] = {
+    Exists: "there is a domain of that name",
+    NoMemory: "the machine has not that much memory free",
+    NoSpace: "its process could not be started; `ring1 dmesg` says why",
+}
 MAX_SOURCE, MAX_IMAGE = 4 << 20, 64 << 20  # bytes of a file
 
 
@@ -131,7 +136,7 @@ def build(
     try:
         domid = kernel.call(CreateDomain(name, frames, int(flags), int(descriptor >= 0), image.entry))
     except XenError as error:
-        raise BuildError(f"{name}: the hypervisor refused to create it: {error}") from None
+        raise BuildError(f"{name}: {REFUSALS.get(type(error), f'the hypervisor refused to create it: {error}')}") from None
     try:
         return _fill(kernel, domid, name, image, frames, cmdline, descriptor >= 0)
     except (XenError, GrantError) as error:
