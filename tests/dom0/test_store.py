@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dom0 import store as module
 from dom0.store import MAX_NODES, MAX_SEEN, MAX_TRANSACTIONS, MAX_VALUE, MAX_WATCHES, Connection, Node, Store, StoreRefusal
@@ -164,13 +163,6 @@ def test_the_game_finds_a_seeded_defect(monkeypatch: pytest.MonkeyPatch, defect:
     monkeypatch.setattr(*DEFECTS[defect])
     with pytest.raises(AssertionError):
         play(Game(), MOVES)
-
-
-def test_hypothesis_finds_a_seeded_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*DEFECTS["a commit does not look"])
-    quick = settings(max_examples=300, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
-    with pytest.raises(AssertionError):
-        run_state_machine_as_test(Machine, settings=quick)
 
 
 # ---- paths and permissions

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hypervisor import evtchn, grant, lifecycle
 from hypervisor.domain import Domain
@@ -515,10 +514,3 @@ def test_the_game_finds_a_seeded_defect(monkeypatch: pytest.MonkeyPatch, defect:
     with pytest.raises((AssertionError, KeyError, ValueError)):
         for seed in range(10):
             play(Game(), 6_000, seed)
-
-
-def test_hypothesis_finds_a_seeded_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*DEFECTS["counts fall before the acknowledgement"])
-    quick = settings(max_examples=300, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
-    with pytest.raises(AssertionError):
-        run_state_machine_as_test(Machine, settings=quick)
