@@ -164,6 +164,6 @@ class ControlServer:
         client.closed = True
 
     async def _say_end(self, client: Client, guest: Guest) -> None:
-        await guest.ended.wait()
+        await guest.buried.wait()
         assert guest.info is not None
         client.send({"end": guest.info.exit_code, "reason": guest.info.reason})

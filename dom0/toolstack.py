@@ -59,7 +59,8 @@ class Guest:
         self.console: ConsoleServer
         self.info: DomainInfo | None = None
         self.trouble = ""  # a device or connection of it that was closed, and why
-        self.ended = Event()
+        self.ended = Event()  # it runs no more
+        self.buried = Event()  # and nothing of it is left: its disks can be attached again
 
 
 class Toolstack:
@@ -128,6 +129,8 @@ class Toolstack:
         """Build, connect, attach, let run. Raises ToolstackError, with nothing of it left."""
         if any(g.name == config.name and not g.ended.is_set for g in self.guests.values()):
             raise ToolstackError(f"a domain named {config.name} runs already")
+        for predecessor in [g for g in self.guests.values() if g.name == config.name]:
+            await predecessor.buried.wait()
         flags |= CreateFlags.DEBUG if config.debug else CreateFlags.NONE
         try:
             image = builder.read_image(Path(config.kernel))
@@ -198,6 +201,7 @@ class Toolstack:
             await timeout(seconds, guest.ended.wait())
         except TimeoutExpired:
             raise ToolstackError(f"{guest.name} did not shut down within {seconds:g} s; destroy ends it") from None
+        await guest.buried.wait()
 
     async def destroy(self, guest: Guest) -> None:
         """End it now; returns when nothing of it is left."""
@@ -207,6 +211,7 @@ class Toolstack:
             except NoSuchDomain:
                 pass
             await self._bury(guest, None)
+        await guest.buried.wait()
 
     def pause(self, guest: Guest) -> None:
         """Raises ToolstackError."""
@@ -260,6 +265,7 @@ class Toolstack:
         except NoSuchDomain:
             pass
         await self.drivers.ended(guest)
+        guest.buried.set()
 
 
 def row(info: DomainInfo, trouble: str) -> dict[str, Any]:

@@ -70,9 +70,9 @@ async def info(tools: Toolstack, name: str) -> dict[str, Any]:
 
 @verb
 async def wait(tools: Toolstack, name: str) -> dict[str, Any]:
-    """Until it ended: exit code (-1: it did not say one) and reason."""
+    """Until it ended and nothing of it is left: exit code (-1: it did not say one) and reason."""
     guest = tools.find(name, alive=False)
-    await guest.ended.wait()
+    await guest.buried.wait()
     assert guest.info is not None
     return {"exit_code": guest.info.exit_code, "reason": guest.info.reason}
 
