@@ -11,12 +11,14 @@ nothing. Without a default line the default is drop. ARP passes always, after th
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 PROTOCOLS = {"any": 0, "icmp": 1, "tcp": 6, "udp": 17}
 ANY_PORT = (0, 65535)
+NUMBER = re.compile(r"[0-9]{1,5}\Z")
 
 
 class RuleError(ValueError):
@@ -60,13 +62,15 @@ class Policy:
 def parse(text: str, max_rules: int = 1024) -> Policy:
     """Raises RuleError."""
     rules: list[Rule] = []
-    accept = False
+    accept: bool | None = None
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split("#", 1)[0].split()
         if not words:
             continue
         try:
             if words[0] == "default":
+                if accept is not None:
+                    raise RuleError("'default' stands twice")
                 accept = _action(words[1] if len(words) > 1 else "")
                 if len(words) > 2:
                     raise RuleError(f"{words[2]!r} after the default")
@@ -76,7 +80,7 @@ def parse(text: str, max_rules: int = 1024) -> Policy:
             raise RuleError(f"line {number}: {error}") from None
     if len(rules) > max_rules:
         raise RuleError(f"{len(rules)} rules, at most {max_rules}")
-    return Policy(tuple(rules), accept)
+    return Policy(tuple(rules), bool(accept))
 
 
 def _action(word: str) -> bool:
@@ -123,9 +127,9 @@ def _once(fields: dict[str, Any], key: str, value: Any, word: str) -> None:
 def _protocol(word: str) -> int:
     if word in PROTOCOLS:
         return PROTOCOLS[word]
-    if word.isdigit() and 0 < int(word) < 256:
-        return int(word)
-    raise RuleError(f"{word!r} is not a protocol")
+    if not NUMBER.match(word) or not 0 < int(word) < 256:
+        raise RuleError(f"{word!r} is not a protocol")
+    return int(word)
 
 
 def _address(word: str) -> tuple[int, int]:
@@ -139,14 +143,15 @@ def _address(word: str) -> tuple[int, int]:
 
 
 def _ports(word: str) -> tuple[int, int]:
-    low, _, high = word.partition("-")
-    if not low.isdigit() or not (high or low).isdigit() or not int(low) <= int(high or low) < 65536:
+    low, dash, high = word.partition("-")
+    high = high if dash else low
+    if not (NUMBER.match(low) and NUMBER.match(high)) or not int(low) <= int(high) < 65536:
         raise RuleError(f"{word!r} is not a port or a range")
-    return int(low), int(high or low)
+    return int(low), int(high)
 
 
 def _vif(word: str) -> str:
     name, slash, index = word.rpartition("/")
-    if not slash or not name or not index.isdigit():
+    if not slash or not name or not NUMBER.match(index):
         raise RuleError(f"{word!r} is not DOMAIN/INDEX")
     return word
