@@ -1,7 +1,7 @@
 """Event channels: ports, bindings, delivery. Rules in hypervisor/public/evtchn.py.
 
 A channel's two ends name each other; closing one leaves the other UNBOUND for the same domain. Delivery sets bits in the
-receiver's shared_info and signals only on the edge (gate/shared.c); the hypervisor never reads anything else there.
+receiver's shared_info and signals only on the edge (evtchn.c); the hypervisor never reads anything else there.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ EXCEPT = {
 NOT_IN_PUBLIC = {"os", "signal", "mmap", "socket", "subprocess", "fcntl", "ctypes", "cffi", "posix_ipc", "asyncio"}
 THREADS = {"threading", "_thread", "concurrent", "multiprocessing", "asyncio"}
 
-# Same word, same file name, in every column that has a part in it (README's matrix; a guest's own words may differ).
+# Same word, same file name, in every column that has a part in it (section 4 of DESIGN.md; a guest's own words may differ).
 MATRIX = {
     "memory": ("hypervisor", "domain"),
     "evtchn": ("hypervisor", "domain"),

@@ -78,7 +78,7 @@ class PauseDomain(Hypercall[None]):
 
 
 class UnpauseDomain(Hypercall[None]):
-    """Let it run; the first time this is "go". Raises NoSuchDomain, Invalid."""
+    """Let it run; the first time this is "go". Raises NoSuchDomain, Invalid, Busy (the builder still maps frames of it)."""
 
     OP, CMD, PRIVILEGED = OP_DOMCTL, 4, True
     domid: U16

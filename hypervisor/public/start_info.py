@@ -5,10 +5,10 @@ by the builder [DOM0], read once by the guest.
 
 shared_info (xen.h, x86-64, 3136 bytes), who writes:
     0     vcpu_info[0]: u8 upcall_pending [HV sets, DOM clears], u8 upcall_mask [DOM], u64 @8 pending_sel [HV sets, DOM takes],
-          u64 @16 cr2, @32 vcpu_time_info (32 bytes) [HV]
+          u64 @16 cr2, @32 vcpu_time_info (32 bytes): not filled in this version
     2048  u64 evtchn_pending[64]  [HV sets, DOM clears]
     2560  u64 evtchn_mask[64]     [DOM; HV by unmask]
-    3072  u32 wc_version, u32 wc_sec, u32 wc_nsec, u32 wc_sec_hi [HV]
+    3072  u32 wc_version, u32 wc_sec, u32 wc_nsec, u32 wc_sec_hi: not filled in this version
 """
 
 from __future__ import annotations
