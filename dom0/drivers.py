@@ -88,7 +88,7 @@ class Drivers:
         self._deaths[guest.name] += 1
         if self.stopping:
             return
-        if self._deaths[guest.name] > MAX_DEATHS:
+        if self._deaths[guest.name] >= MAX_DEATHS:
             self._toolstack.log(f"{guest.name} died {MAX_DEATHS} times in a row; it is not started again")
             return
         self._toolstack.log(f"{guest.name} ended; starting another")

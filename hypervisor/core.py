@@ -38,7 +38,7 @@ from hypervisor.public.layout import (
     virt,
 )
 from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
-from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, VIRQ_CONSOLE
+from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, PAGE_SIZE, VIRQ_CONSOLE
 from hypervisor.zygote import Zygote
 
 MODULES = [callring, console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version]  # who serves calls
@@ -61,6 +61,7 @@ class Hypervisor:
         name = f"/{self.instance}-machine"
         self.journal(f"shm {name}")
         self.machine = MachineMemory(nr_frames, name)
+        self.isolation.append(f"machine memory: {nr_frames * PAGE_SIZE >> 20} MiB of {self.machine.kind}")
         self.frames = FrameTable(nr_frames)
         self.code_fd = sealed_code()
         self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,6 +1,6 @@
 """What this host allows: probed once at start, by trying, and said by name; no silent weakening.
 
-    required   seccomp filters, POSIX shared memory and queues, pidfd, sealed memfd
+    required   seccomp filters (probed); POSIX shared memory and queues, pidfd and sealed memfd (used at once, and missed then)
     layer 1    the system-call filter
     layer 2    as root: a uid per domain and no capability; otherwise Landlock and not dumpable
 

@@ -7,6 +7,7 @@ read-only descriptor, so that the host kernel itself refuses to upgrade them. Af
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from typing import Any
@@ -14,30 +15,38 @@ from typing import Any
 import posix_ipc
 
 from hypervisor._hv import ffi, lib
+from hypervisor.gate.monitor import F_ADD_SEALS, SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
 from hypervisor.public.types import PAGE_SIZE
+
+MFD_EXEC = 0x10
 
 
 class MachineMemory:
-    """`nr_frames` frames; `rw` and `ro` are the two descriptors, both close-on-exec."""
+    """`nr_frames` frames; `rw` and `ro` are the two descriptors, both close-on-exec.
+
+    Where /dev/shm is mounted noexec (containers), code could not run from it: then the object is a sealed memfd, which has
+    no mount to be noexec. `kind` says which.
+    """
 
     def __init__(self, nr_frames: int, name: str) -> None:
-        self.nr_frames, self.name = nr_frames, name
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=nr_frames * PAGE_SIZE)
+        self.nr_frames, self.name, self.kind = nr_frames, name, "POSIX shared memory"
+        size = nr_frames * PAGE_SIZE
+        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
         self.rw: int = shm.fd
         try:
-            try:
-                os.posix_fallocate(self.rw, 0, nr_frames * PAGE_SIZE)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise MemoryError(f"/dev/shm has no {nr_frames * PAGE_SIZE >> 20} MiB free for machine memory") from None
-                raise
-            self.ro: int = posix_ipc.SharedMemory(name, read_only=True).fd
+            if may_execute(self.rw):
+                _reserve(self.rw, size, "/dev/shm")
+                self.ro: int = posix_ipc.SharedMemory(name, read_only=True).fd
+            else:
+                os.close(self.rw)
+                self.kind = "a sealed memfd (/dev/shm is mounted noexec)"
+                self.rw, self.ro = _memfd(size)
             os.fchmod(self.rw, 0)
         finally:
             posix_ipc.unlink_shared_memory(name)
         for fd in (self.rw, self.ro):
             os.set_inheritable(fd, False)
-        self._map = mmap.mmap(self.rw, nr_frames * PAGE_SIZE)
+        self._map = mmap.mmap(self.rw, size)
         self._base: Any = ffi.cast("char *", ffi.from_buffer(self._map))
 
     @property
@@ -61,3 +70,34 @@ class MachineMemory:
     def scrub(self, mfn: int, count: int = 1) -> None:
         """Zero frames, before they change owner."""
         lib.scrub(self._base + mfn * PAGE_SIZE, count * PAGE_SIZE)
+
+
+def may_execute(fd: int) -> bool:
+    """Whether code may be mapped from this object."""
+    try:
+        mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
+    except PermissionError:
+        return False
+    return True
+
+
+def _reserve(fd: int, size: int, where: str) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise MemoryError(f"{where} has no {size >> 20} MiB free for machine memory") from None
+        raise
+
+
+def _memfd(size: int) -> tuple[int, int]:
+    """Read-write and read-only descriptors of one memfd of a fixed size."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create("ring1-machine", flags | MFD_EXEC)
+    except OSError:
+        fd = os.memfd_create("ring1-machine", flags)  # before Linux 6.3 every memfd may execute
+    os.ftruncate(fd, size)
+    _reserve(fd, size, "memory")
+    fcntl.fcntl(fd, F_ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW)
+    return fd, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

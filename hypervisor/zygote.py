@@ -104,7 +104,7 @@ class Zygote:
         if self.stopping:
             return
         self._deaths += 1
-        if self._deaths > MAX_EARLY_DEATHS:
+        if self._deaths >= MAX_EARLY_DEATHS:
             self._give_up("the zygote cannot start")
             return
         self._log("zygote died; starting another")

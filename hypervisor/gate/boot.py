@@ -9,12 +9,14 @@
     5  descriptors to their fixed numbers, rest closed the monitor's commands name them
     6  upcall signal blocked and opened as a signalfd  "interrupts off"
     7  reserve the window, map code and commands, seal no gap of the window is ever the kernel's to give away
-    8  clone the monitor, tell the hypervisor          it is born with 3..7 and an open filter, which the hypervisor shuts
-    9  close 3..7, heap from brk only, limits          after 8: the monitor needs the descriptors
+    8  clone the monitor, tell the hypervisor,         it is born with 3..7 and an open filter, which the hypervisor shuts;
+       close 3..7                                      after the clone: the monitor needs the descriptors
+    9  heap from brk only, limits                      after the last mmap of ours
     10 Landlock, then the filter                       after this line the process is the guest's
     11 wait for "go" on the reply queue                nothing of the guest runs before its frames are mapped
 
-A failure before 10 is told to the hypervisor in one message and ends the process.
+A failure before 5 is told to the hypervisor in one message and ends the process; a later one ends it with status 70, which
+the hypervisor sees and says.
 """
 
 from __future__ import annotations

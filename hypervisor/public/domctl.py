@@ -1,7 +1,7 @@
 """What dom0 may do to a domain. Every call is PRIVILEGED. Source: xen/include/public/domctl.h.
 
     dom0                                      hypervisor
-    CreateDomain ---------------------------> frames, queues, process, monitor, filter, boot mapping; replies when it waits
+    CreateDomain ---------------------------> frames, queues, process, monitor, boot mapping; replies when all are there
     MapForeign .. write image .. UnmapForeign
     LaunchInfo (native kernels)
     UnpauseDomain --------------------------> "go": from here on dom0 can map nothing of it

@@ -5,7 +5,7 @@
       NoEntry        ENOENT  2   no such port, grant or record
       NoSuchDomain   ESRCH   3
       TooBig         E2BIG   7   more entries or bytes than the limit named
-      TryAgain       EAGAIN 11   a step of the call would have to wait for something of the caller's own
+      TryAgain       EAGAIN 11   not yet: ask again (no call of this version answers it)
       NoMemory       ENOMEM 12   machine memory, or the maximum reservation
       BadAddress     EFAULT 14   an address that the caller has not mapped
       Busy           EBUSY  16   in use: a mapped grant, a pinned or still falling count

@@ -1,0 +1,86 @@
+"""Machine memory: reserved whole, nameless, and read-only where it is opened so, whichever object it is made of."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hypervisor import machine
+from hypervisor.machine import MachineMemory, may_execute
+from hypervisor.public.types import PAGE_SIZE
+from tests.conftest import TIMEOUT
+
+KINDS = {"shm": True, "memfd": False}
+
+
+@pytest.fixture(params=KINDS)
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineMemory]:
+    monkeypatch.setattr(machine, "may_execute", lambda fd: KINDS[request.param])
+    made = MachineMemory(16, f"/ring1-test-{secrets.token_hex(8)}")
+    yield made
+    os.close(made.rw)
+    os.close(made.ro)
+
+
+def test_it_has_no_name_and_all_its_blocks(memory: MachineMemory) -> None:
+    assert not Path("/dev/shm", memory.name[1:]).exists()
+    info = os.fstat(memory.rw)
+    assert (info.st_size, info.st_blocks * 512, info.st_mode & 0o777) == (16 * PAGE_SIZE, 16 * PAGE_SIZE, 0)
+    assert not os.get_inheritable(memory.rw) and not os.get_inheritable(memory.ro)
+
+
+def test_a_frame_is_read_as_it_was_written(memory: MachineMemory) -> None:
+    memory.write(3, 100, b"abc")
+    assert memory.read(3, 100, 3) == os.pread(memory.ro, 3, 3 * PAGE_SIZE + 100) == b"abc"
+    assert memory.read(2, PAGE_SIZE - 1, 102)[-1:] == b"a", "frames that follow one another are read in one copy"
+    memory.scrub(3)
+    assert memory.read(3, 0, PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+def test_the_read_only_descriptor_gives_no_writable_map(memory: MachineMemory) -> None:
+    with pytest.raises(PermissionError):
+        mmap.mmap(memory.ro, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    mmap.mmap(memory.rw, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
+
+
+def test_code_may_run_from_it(memory: MachineMemory) -> None:
+    assert may_execute(memory.ro)
+
+
+def test_a_memfd_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "may_execute", lambda fd: False)
+    made = MachineMemory(4, f"/ring1-test-{secrets.token_hex(8)}")
+    with pytest.raises(PermissionError):
+        os.ftruncate(made.rw, 0)
+    os.close(made.rw)
+    os.close(made.ro)
+
+
+def test_more_than_there_is_is_an_error_and_leaves_nothing() -> None:
+    name = f"/ring1-test-{secrets.token_hex(8)}"
+    with pytest.raises(MemoryError, match="free for machine memory"):
+        MachineMemory(1 << 34, name)
+    assert not Path("/dev/shm", name[1:]).exists()
+
+
+SCRIPT = """
+mount -t tmpfs -o noexec,size=100m tmpfs /dev/shm || exit 77
+exec "$0" -m dom0.cli doctor --json
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root mounts a file system")
+def test_a_host_runs_where_dev_shm_is_noexec(tmp_path: Path) -> None:
+    command = ["unshare", "-m", "sh", "-c", SCRIPT, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    if done.returncode == 77:
+        pytest.skip("this root may not mount a tmpfs")
+    assert done.returncode == 0, done.stderr
+    assert "a sealed memfd (/dev/shm is mounted noexec)" in done.stdout
