@@ -132,8 +132,8 @@ static uint64_t checked_sectors(const struct blk_vbd *v, const struct request *r
     return sectors;
 }
 
-/* Cut a request at its extents; returns the pieces, or 0 where a sector of it is not the VBD's. */
-static uint32_t cut(const struct blk_vbd *v, uint32_t index, struct piece *out, uint32_t room)
+/* Cut a request at its extents, BLK_EXTENTS pieces at most; returns how many, or 0 where a sector is not the VBD's. */
+static uint32_t cut(const struct blk_vbd *v, uint32_t index, struct piece *out)
 {
     const struct request *r = (const struct request *)v->batch + index;
     uint64_t left = checked_sectors(v, r), sector = r->sector, where, length, skip = 0;
@@ -142,7 +142,7 @@ static uint32_t cut(const struct blk_vbd *v, uint32_t index, struct piece *out, 
     while (left) {
         struct piece *p = &out[n];
 
-        if (n == room || blk_translate(v, sector, left, &where, &length))
+        if (n == BLK_EXTENTS || blk_translate(v, sector, left, &where, &length))
             return 0;
         *p = (struct piece){.at = where * SECTOR, .request = index};
         sector += length;
@@ -197,12 +197,21 @@ static int by_place(const void *a, const void *b)
     return x->at < y->at ? -1 : x->at > y->at;
 }
 
-/* Requests [from, to) of one kind: sorted by place, neighbours in one call. */
+static int overlap(struct piece *const *order, uint32_t n)
+{
+    for (uint32_t i = 1; i < n; i++)
+        if (order[i]->at < order[i - 1]->at + order[i - 1]->bytes)
+            return 1;
+    return 0;
+}
+
+/* Requests [from, to) of one kind: sorted by place, neighbours in one call. Writes that overlap stay in the order they
+ * came in: the last one holds. A piece is a segment or a part of one at each end, so a batch has no more iovecs than this. */
 static void transfer(struct blk_vbd *v, uint32_t from, uint32_t to, int op, int16_t *status)
 {
-    static struct piece pieces[BLK_BATCH * SEGMENTS];
-    static struct piece *order[BLK_BATCH * SEGMENTS];
-    static struct iovec iov[BLK_BATCH * SEGMENTS];
+    static struct piece pieces[BLK_BATCH * BLK_EXTENTS];
+    static struct piece *order[BLK_BATCH * BLK_EXTENTS];
+    static struct iovec iov[BLK_BATCH * (SEGMENTS + BLK_EXTENTS)];
     uint32_t n = 0, i, j;
 
     for (i = from; i < to; i++) {
@@ -210,13 +219,16 @@ static void transfer(struct blk_vbd *v, uint32_t from, uint32_t to, int op, int1
 
         if (request_of(v, i)->op != op)
             continue;
-        got = v->broken ? 0 : cut(v, i, pieces + n, SEGMENTS);
+        got = v->broken ? 0 : cut(v, i, pieces + n);
         status[i] = got ? OKAY : ERROR;
         n += got;
     }
     for (i = 0; i < n; i++)
         order[i] = &pieces[i];
     qsort(order, n, sizeof *order, by_place);
+    if (op == WRITE && overlap(order, n))
+        for (i = 0; i < n; i++)
+            order[i] = &pieces[i];
     for (i = 0; i < n; i = j) {
         uint64_t end = order[i]->at;
         uint32_t parts = 0;
