@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dom0._blk import ffi, lib
 
-EXTENT = re.compile(r"(\d{1,18}):(\d{1,18})\Z")
+EXTENT = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z")
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,13 @@ class Extent:
 
 
 def parse_extents(text: str, image_sectors: int) -> tuple[Extent, ...]:
-    """ "first:count;first:count", in the VBD's order; "" is the whole image. Raises ValueError, naming the extent."""
+    """ "first:count;first:count", in the VBD's order; "" is the whole image. Raises ValueError, naming the extent.
+
+    No sector stands in two of them: it would be one disk's twice, and a write to it would change another.
+    """
     if not text:
         return (Extent(0, image_sectors),)
-    out = []
+    out: list[Extent] = []
     for part in text.split(";"):
         match = EXTENT.match(part)
         if not match:
@@ -30,6 +33,8 @@ def parse_extents(text: str, image_sectors: int) -> tuple[Extent, ...]:
         extent = Extent(int(match[1]), int(match[2]))
         if not extent.count or extent.first + extent.count > image_sectors:
             raise ValueError(f"extent {part} lies outside the image's {image_sectors} sectors")
+        if any(extent.first < e.first + e.count and e.first < extent.first + extent.count for e in out):
+            raise ValueError(f"extent {part} overlaps another of the same disk")
         out.append(extent)
     if len(out) > lib.BLK_EXTENTS:
         raise ValueError(f"{len(out)} extents, at most {lib.BLK_EXTENTS}")
