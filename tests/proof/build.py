@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,32 +62,47 @@ def _missing(tool: Tool) -> str:
     return f"{tool.compiler} has no runtime for {tool.flags[1]}" if done.returncode else ""
 
 
-def program(driver: str, sources: Sequence[str], tool: Tool, changes: Changes | None = None, extra: Iterable[str] = ()) -> Path:
+def program(driver: str, sources: Sequence[str], tool: Tool, changes: Changes | None = None) -> Path:
     """The driver and `sources` of ours (paths from the root), with `changes` made in these or in headers.
 
-    `extra`: more drivers. Raises AssertionError with what the compiler said.
+    Raises AssertionError with what the compiler said.
     """
     changes = changes or {}
-    texts = {path: changed(path, changes.get(path, ())) for path in (*HEADERS, *sources)}
-    assert set(changes) <= set(texts)
-    drivers = [HERE / driver, *(HERE / name for name in extra)]
-    mine = [path.read_text() for path in (*drivers, *sorted(HERE.rglob("*.h")))]
-    key = hashlib.sha256("\0".join([*tool.compiler, *tool.flags, *WARN, *texts.values(), *mine]).encode()).hexdigest()
-    label = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8] if changes else "right"
-    folder = BUILT / f"{Path(driver).stem}-{tool.name}-{label}"
-    stamp, out = folder / "key", folder / "program"
+    assert set(changes) <= {*HEADERS, *sources}
+    ours = {path: changed(path, changes.get(path, ())) for path in HEADERS}
+    theirs = {path.name: path.read_text() for path in sorted(HERE.glob("*.h"))}
+    headers = {Path(path).name: text for path, text in ours.items()} | theirs
+    texts = {path: changed(path, changes.get(path, ())) for path in sources}
+    texts[f"tests/proof/{driver}"] = (HERE / driver).read_text()
+    parts = []
+    for path, text in texts.items():
+        label = _label({name: changes[name] for name in (path, *HEADERS) if name in changes})
+        out = BUILT / tool.name / f"{Path(path).stem}-{label}.o"
+        parts.append(_made(out, tool, {Path(path).name: text} | headers, ["-c", Path(path).name]))
+    keys = "".join(part.with_suffix(".key").read_text() for part in parts)
+    out = BUILT / tool.name / f"{Path(driver).stem}-{_label(changes)}"
+    return _made(out, tool, {}, [*map(str, parts), "-pthread", "-lrt"], keys)
+
+
+def _label(changes: Changes) -> str:
+    return hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8] if changes else "right"
+
+
+def _made(out: Path, tool: Tool, texts: dict[str, str], arguments: list[str], more: str = "") -> Path:
+    """`out`, compiled anew unless it was made of the same texts by the same command."""
+    command = [tool.compiler, *tool.flags, *WARN, *arguments]
+    key = hashlib.sha256("\0".join([*command, *texts, *texts.values(), more]).encode()).hexdigest()
+    stamp = out.with_suffix(".key")
     if out.exists() and stamp.exists() and stamp.read_text() == key:
         return out
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for path, text in texts.items():
-            (Path(scratch) / Path(path).name).write_text(text)
-        copies = [f"{scratch}/{Path(path).name}" for path in sources]
-        where = [f"-I{scratch}", f"-I{HERE}", "-o", f"{scratch}/program"]
-        command = [tool.compiler, *tool.flags, *WARN, *where, *map(str, drivers), *copies, "-pthread", "-lrt"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        for name, text in texts.items():
+            (Path(scratch) / name).write_text(text)
+        done = subprocess.run(
+            [*command, "-o", "made"], cwd=scratch, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         assert done.returncode == 0, done.stderr
-        os.replace(f"{scratch}/program", out)
+        os.replace(f"{scratch}/made", out)
     stamp.write_text(key)
     return out

@@ -42,8 +42,7 @@ FRONT_REST = "    f->req_prod_pvt = old + n;\n    return ring_push(&f->sh->req_p
 BACK_COPY = "    ring_copy_in(b->sh, old, b->nr_ents, b->slot_size, responses, b->rsp_size, n);\n"
 BACK_REST = "    b->rsp_prod_pvt = old + n;\n    return ring_push(&b->sh->rsp_prod, &b->sh->rsp_event, old, old + n);\n"
 WRITE_COPY = (
-    "    memcpy((char *)buffer + (p & (size - 1)), data, part);\n"
-    "    memcpy(buffer, (const char *)data + part, n - part);\n"
+    "    memcpy((char *)buffer + (p & (size - 1)), data, part);\n    memcpy(buffer, (const char *)data + part, n - part);\n"
 )
 WRITE_STORE = "    atomic_store((_Atomic uint32_t *)prod, p + n);\n"
 
