@@ -199,10 +199,8 @@ class Kernel:
         Upcalls are masked while this kernel is awake: it looks by itself, and nobody spends a signal on it. They are
         unmasked for the sleep alone, and unmasking looks once more.
         """
-        if self.evtchn.drain():
-            return
-        if timeout == 0:
-            if self._waiting:
+        if self.evtchn.drain() or timeout == 0:
+            if self._waiting:  # also after events: whoever can send one whenever we look would keep us from descriptors
                 self._poll_descriptors(0)
             return
         if timeout > 0:
