@@ -18,7 +18,7 @@ from dom0.config import Disk, Vif
 from dom0.vbd import Extent, parse_extents
 from domain.sched import TimeoutExpired, timeout
 from domain.store import Watch
-from hypervisor.public.io.blkif import SECTOR, vdev
+from hypervisor.public.io.blkif import SECTOR, XVDA, vdev
 from hypervisor.public.io.xenbus import XenbusState
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class Device:
     kind: str
     handle: int
     backend: int  # domid
+
+    @property
+    def name(self) -> str:
+        """As its domain calls it."""
+        return f"eth{self.handle}" if self.kind == "vif" else f"xvd{chr(ord('a') + (self.handle - XVDA) // 16)}"
 
     @property
     def frontend_path(self) -> str:
@@ -142,10 +147,11 @@ class Devices:
     # ---- detaching
 
     async def detach(self, device: Device) -> None:
-        """Take the frontend's node away, wait until the backend has let go, take its node away."""
-        store = self._kernel.store
+        """Close the frontend's node for it, wait until the backend has let go, take both nodes away."""
+        store, state = self._kernel.store, f"{device.frontend_path}/state"
         self.attached.discard(device)
-        await store.rm(device.frontend_path)
+        await store.write(state, int(XenbusState.CLOSED))
+        await store.set_perms(state, [f"n{device.domid}", f"r{device.backend}"])  # it may have hidden it from the backend
         watch = await store.watch(f"{device.backend_path}/state")
         try:
             await timeout(DETACH_SECONDS, self._closed(device, watch))
@@ -153,6 +159,7 @@ class Devices:
             pass  # it hangs, or never began: its own end will release what it holds
         finally:
             await watch.close()
+        await store.rm(device.frontend_path)
         await self.forget(device)
 
     async def _closed(self, device: Device, watch: Watch) -> None:

@@ -7,11 +7,13 @@ are served by its successor.
 from __future__ import annotations
 
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
-from dom0.builder import Image
+from dom0.builder import BuildError, Image
 from domain import memory
 from domain.grant import GrantError, Mapping
+from domain.sched import Task
 from hypervisor.public.domctl import CreateFlags, UnpauseDomain
 from hypervisor.public.io import stats
 from hypervisor.public.types import PAGE_SIZE
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from dom0.toolstack import Guest, Toolstack
 
 KINDS = {"blkback": 512, "netback": 512}  # module of dom0 and domain name; frames
+RETRY_SECONDS = 1.0
+ERROR_CHARS = 120  # of what a driver domain says of a device
 MAX_DEATHS = 5  # a driver domain that died so often in a row, without having been ready, is given up
 
 
@@ -29,6 +33,7 @@ class DriverDomain:
     def __init__(self, guest: Guest, descriptors: socket.socket) -> None:
         self.guest, self.domid, self.descriptors = guest, guest.domid, descriptors
         self.stats: Mapping | None = None
+        self.watcher: Task[None] | None = None
 
 
 class Drivers:
@@ -55,7 +60,8 @@ class Drivers:
             guest = await self._toolstack.introduce(
                 name, image, KINDS[name], "", CreateFlags.DRIVER, descriptor=theirs.fileno()
             )
-        self._live[name] = DriverDomain(guest, ours)
+        self._live[name] = driver = DriverDomain(guest, ours)
+        driver.watcher = self._kernel.spawn(self._watch_errors(driver), name=f"{name} errors")
         if name == "netback":
             await self._kernel.store.write(f"/local/domain/{guest.domid}/data/firewall", self.firewall)
         self._kernel.call(UnpauseDomain(guest.domid))
@@ -73,9 +79,23 @@ class Drivers:
             return
         self._deaths[driver.guest.name] = 0
         try:
-            driver.stats = self._kernel.grants.map(driver.domid, [int(await store.read(f"{data}/stats-ref"))], readonly=True)
-        except GrantError:
-            pass  # it died this very moment
+            driver.stats = self._kernel.grants.map(driver.domid, [int(await store.get(f"{data}/stats-ref"))], readonly=True)
+        except (GrantError, ValueError, struct.error) as error:
+            self._toolstack.log(f"{driver.guest.name} has no statistics: {error}")  # or it died this very moment
+
+    async def _watch_errors(self, driver: DriverDomain) -> None:
+        """A device that its backend closed says why in its node: the owner of the device is told in the list."""
+        store, base = self._kernel.store, f"/local/domain/{driver.domid}/backend"
+        watch = await store.watch(base)
+        try:
+            while True:
+                path = await watch.next()
+                if path.endswith("/error") and (why := await store.get(path)):
+                    for device in self._toolstack.devices.of(driver.domid):
+                        if path == f"{device.backend_path}/error" and device.domid in self._toolstack.guests:
+                            self._toolstack.report(self._toolstack.guests[device.domid], f"{device.name}: {why[:ERROR_CHARS]}")
+        finally:
+            await watch.close()
 
     async def ended(self, guest: Guest) -> None:
         """A domain ended; if it was one of ours, make another."""
@@ -83,6 +103,8 @@ class Drivers:
         if driver is None or driver.guest is not guest:
             return
         driver.descriptors.close()
+        if driver.watcher is not None:
+            driver.watcher.cancel()
         if driver.stats is not None:
             self._kernel.grants.unmap(driver.stats)
         self._deaths[guest.name] += 1
@@ -92,8 +114,19 @@ class Drivers:
             self._toolstack.log(f"{guest.name} died {MAX_DEATHS} times in a row; it is not started again")
             return
         self._toolstack.log(f"{guest.name} ended; starting another")
-        await self._start(guest.name)
-        self._kernel.spawn(self._ready(self._live[guest.name]), name=guest.name)
+        self._kernel.spawn(self._restart(guest.name), name=guest.name)
+
+    async def _restart(self, name: str) -> None:
+        """Until there is one: somebody may have taken the memory meanwhile."""
+        while not self.stopping:
+            try:
+                await self._start(name)
+            except BuildError as error:
+                self._toolstack.log(f"{name} cannot be started: {error}")
+                await self._kernel.sleep(RETRY_SECONDS)
+            else:
+                await self._ready(self._live[name])
+                return
 
     def statistics(self) -> list[dict[str, int]]:
         """Counters of every connected VBD and VIF (hypervisor/public/io/stats.py)."""

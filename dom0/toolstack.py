@@ -15,7 +15,7 @@ from dom0 import builder
 from dom0.builder import BuildError, Built, Image
 from dom0.config import DomainConfig
 from dom0.consoles import ConsoleServer
-from dom0.devices import DeviceRefused, Devices
+from dom0.devices import Device, DeviceRefused, Devices
 from dom0.drivers import Drivers
 from dom0.store import Store
 from dom0.storeserver import LocalStore, StoreServer
@@ -58,7 +58,7 @@ class Guest:
         self.store: StoreServer
         self.console: ConsoleServer
         self.info: DomainInfo | None = None
-        self.trouble = ""  # a device or connection of it that was closed, and why
+        self.trouble = ""  # the first device or connection of it that was closed, and why
         self.ended = Event()  # it runs no more
         self.buried = Event()  # and nothing of it is left: its disks can be attached again
 
@@ -99,6 +99,11 @@ class Toolstack:
     def log(self, line: str) -> None:
         """Into the hypervisor's log, `ring1 dmesg`."""
         self.kernel.call(ConsoleWrite(line.encode()[:CONSOLE_BYTES]))
+
+    def report(self, guest: Guest, why: str) -> None:
+        """What was closed on a domain: in the list, and in the log."""
+        guest.trouble = guest.trouble or why
+        self.log(f"{guest.name}: {why}")
 
     # ---- finding
 
@@ -163,8 +168,7 @@ class Toolstack:
         guest = Guest(name, built, config)
 
         def report(why: str) -> None:
-            guest.trouble = guest.trouble or why
-            self.log(f"{name}: {why}")
+            self.report(guest, why)
 
         self.guests.pop(built.domid, None)
         self.guests[built.domid] = guest
@@ -236,7 +240,7 @@ class Toolstack:
             for info in self.infos():
                 guest = self.guests.get(info.domid)
                 if info.state in ENDED and guest is not None and not guest.ended.is_set:
-                    await self._bury(guest, info)
+                    self.kernel.spawn(self._bury(guest, info), name=f"burial of {guest.name}")  # none waits for another
 
     async def _bury(self, guest: Guest, info: DomainInfo | None) -> None:
         """Take back what dom0 held for it. `info`: None where it was destroyed by us, its record gone."""
@@ -254,11 +258,8 @@ class Toolstack:
         kernel.evtchn.close(guest.built.console_port)
         kernel.evtchn.close(guest.built.store_port)
         kernel.grants.unmap(guest.built.pages)
-        for device in self.devices.of(guest.domid):
-            if device.backend == guest.domid:
-                await self.devices.forget(device)
-            else:
-                await self.devices.detach(device)
+        for task in [kernel.spawn(self._take_away(guest, device)) for device in self.devices.of(guest.domid)]:
+            await task
         await kernel.store.rm(f"/local/domain/{guest.domid}")
         try:
             kernel.call(DestroyDomain(guest.domid))
@@ -266,6 +267,14 @@ class Toolstack:
             pass
         await self.drivers.ended(guest)
         guest.buried.set()
+
+
+    async def _take_away(self, guest: Guest, device: Device) -> None:
+        """A device of a domain that ended; where that was the backend's, there is nobody to wait for."""
+        if device.backend == guest.domid:
+            await self.devices.forget(device)
+        else:
+            await self.devices.detach(device)
 
 
 def row(info: DomainInfo, trouble: str) -> dict[str, Any]:
