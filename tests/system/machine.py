@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import posix_ipc
+import psutil
 
 from dom0 import client
 from dom0.client import Connection, HostError
@@ -37,6 +38,7 @@ FRAMES = 8192  # of a host: 32 MiB
 LOOK_SECONDS = 0.005
 GUESTS = Path(__file__).parent / "guests"
 COUNTS = ("frames_owned", "frames_shared", "grants", "ports", "descriptors", "store_nodes", "devices")
+SEGFAULT = "SIGSEGV: a forbidden memory access"  # how a domain ends that stores where it must not
 T = TypeVar("T")
 
 
@@ -62,6 +64,11 @@ class Process:
     def ended(self, seconds: float = TIMEOUT) -> bool:
         """Waits for its end."""
         return bool(select.select([self.fd], [], [], seconds)[0])
+
+    def memory(self) -> int:
+        """Bytes resident."""
+        resident: int = psutil.Process(self.pid).memory_info().rss
+        return resident
 
     def close(self) -> None:
         os.close(self.fd)
@@ -102,7 +109,9 @@ class Guest:
 
     def begin(self, code: str) -> None:
         """Have it run `code`, the body of a coroutine; `answer` waits for its value."""
-        self._console.send({"data": base64.b64encode(textwrap.dedent(code).encode()) + b"\n"})
+        line = base64.b64encode(textwrap.dedent(code).encode()) + b"\n"
+        assert len(line) <= 4096, "dom0 keeps no more of what is typed"
+        self._console.send({"data": line})
 
     def answer(self) -> Any:
         """Raises Refused where the code raised, AssertionError where the domain ended instead."""
@@ -117,12 +126,25 @@ class Guest:
                 self.printed += line.decode(errors="replace") + "\n"
             message = next(self._console.messages(), None)
             assert message is not None, f"{self.name} says nothing; it printed {self.printed!r}"
-            assert "end" not in message, f"{self.name} ended: {message['reason']}"
+            if "end" in message:
+                self._console.close()
+                raise AssertionError(f"{self.name} ended: {message['reason']}; it printed {self.printed!r}")
             self._text += message["data"]
 
     def do(self, code: str) -> Any:
         self.begin(code)
         return self.answer()
+
+    def speaks(self, code: str, seconds: float) -> bool:
+        """Whether it answers in time."""
+        self.begin(code)
+        if not select.select([self._console], [], [], seconds)[0]:
+            return False
+        self.answer()
+        return True
+
+    def type(self, keys: bytes) -> None:
+        self._console.send({"data": keys})
 
     def dies(self, code: str) -> str:
         """Have it run `code`; why it ended."""
@@ -227,6 +249,12 @@ class Machine:
         path.write_bytes(content)
         os.truncate(path, size)
         return path
+
+    def holds(self, name: str, at: int, content: bytes) -> bool:
+        """Whether a disk has these bytes there."""
+        with (self.work / name).open("rb") as image:
+            image.seek(at)
+            return image.read(len(content)) == content
 
     # ---- the end
 

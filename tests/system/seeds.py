@@ -77,3 +77,98 @@ def no_death_signal() -> None:
 
     whole = boot.prctl
     boot.prctl = lambda option, argument: None if option == 1 else whole(option, argument)
+
+
+@seed
+def nothing_is_privileged() -> None:
+    """Who calls is not asked."""
+    from hypervisor import core
+    from hypervisor.public.hypercall import ALL
+
+    assert core  # every call is declared
+    for kind in ALL.values():
+        kind.PRIVILEGED = False
+
+
+@seed
+def replies_block() -> None:
+    """The hypervisor waits for a guest that does not read its replies."""
+    from hypervisor import lifecycle
+
+    whole = lifecycle._make_queues
+
+    def blocking(*arguments: Any) -> Any:
+        request, reply = whole(*arguments)
+        reply.block = True
+        return request, reply
+
+    lifecycle._make_queues = blocking
+
+
+@seed
+def timers_stay() -> None:
+    """Timers that were cancelled are kept until they are due."""
+    from hypervisor import loop
+
+    loop.SWEEP = 1 << 62
+
+
+@seed
+def grants_are_writable() -> None:
+    """A read-only grant is mapped as any other."""
+    from hypervisor import grant
+
+    grant.PROT_READ = grant.PROT_READ | grant.PROT_WRITE
+
+
+@seed
+def no_zero_page() -> None:
+    """What a dead domain had granted stays mapped."""
+    from hypervisor.gate.monitor import Monitor
+
+    whole = Monitor.unmap
+
+    def unmap(self: Monitor, addresses: list[int], zero: bool = False) -> Any:
+        yield from whole(self, [] if zero else addresses)
+
+    Monitor.unmap = unmap  # type: ignore[method-assign]
+
+
+@seed
+def rings_are_believed() -> None:
+    """An index that cannot be is taken for an empty ring."""
+    from ringlib.bytering import ByteRing
+    from ringlib.ring import Broken
+
+    whole = ByteRing.read
+
+    def read(self: ByteRing) -> bytes:
+        try:
+            return whole(self)
+        except Broken:
+            return b""
+
+    ByteRing.read = read  # type: ignore[method-assign]
+
+
+@seed
+def nothing_is_escaped() -> None:
+    """A guest's bytes stand in the log as they came."""
+    from hypervisor import console
+
+    console.escape = lambda data: data.decode(errors="replace")
+
+
+@seed
+def greedy_store() -> None:
+    """dom0 serves one domain's store ring until it is empty."""
+    from dom0.storeserver import StoreServer
+
+    whole = StoreServer._turn
+
+    def turn(self: StoreServer) -> bool:
+        while whole(self):
+            pass
+        return False
+
+    StoreServer._turn = turn  # type: ignore[method-assign]

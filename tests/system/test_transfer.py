@@ -44,9 +44,7 @@ def start_bob(host: Machine) -> Path:
 def start_alice(host: Machine, source: Path) -> int:
     disk = {"name": "xvda", "image": str(source), "mode": "r"}
     vifs = [{"ip": "10.0.0.1"}, {"ip": "10.0.0.9"}]
-    return host.create(
-        "alice", demo.PROGRAMS / "alice.py", memory=8, cmdline=f"size={SIZE} to=10.0.0.2", disk=[disk], vif=vifs
-    )
+    return host.create("alice", demo.PROGRAMS / "alice.py", memory=8, cmdline=f"size={SIZE} to=10.0.0.2", disk=[disk], vif=vifs)
 
 
 def written(host: Machine) -> int:
