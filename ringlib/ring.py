@@ -7,11 +7,15 @@ what the peer changes afterwards is not seen. An impossible index poisons the ri
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, Protocol
 
 from ringlib._ring import ffi, lib
 
-Records = bytes | bytearray | memoryview  # packed, contiguous; a numpy array will do as well
+
+class Buffer(Protocol):
+    """Contiguous memory, whatever its items are: bytes, bytearray, memoryview, array, mmap, a numpy array."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class RingError(Exception):
@@ -78,7 +82,7 @@ class FrontRing:
         """Requests without a response taken."""
         return lib.front_outstanding(self.state)
 
-    def publish(self, requests: Records) -> bool:
+    def publish(self, requests: Buffer) -> bool:
         """Make packed requests visible, all or none; True: notify the peer. Raises WouldBlock, Broken."""
         view = ffi.from_buffer(requests)
         return _checked(lib.front_publish(self.state, view, _count(view, self.request_size))) == 1
@@ -114,7 +118,7 @@ class BackRing:
         n = _checked(lib.back_take(self.state, self._out, _at_most(max_items, self.nr_ents)))
         return bytes(ffi.buffer(self._out, n * self.request_size))
 
-    def publish(self, responses: Records) -> bool:
+    def publish(self, responses: Buffer) -> bool:
         """Answer; True: notify the peer. Raises WouldBlock (more than were taken), Broken."""
         view = ffi.from_buffer(responses)
         return _checked(lib.back_publish(self.state, view, _count(view, self.response_size))) == 1

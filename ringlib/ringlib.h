@@ -23,15 +23,17 @@ uint32_t bytes_used(void *cons, void *prod);
 int32_t bytes_write(void *buffer, void *cons, void *prod, uint32_t size, const void *data, uint32_t n);
 int32_t bytes_read(void *buffer, void *cons, void *prod, uint32_t size, void *out, uint32_t n);
 
-#define SHARED_STATE 128
+#define SHARED_STATE 192
+#define SHARED_COUNTS 9
 int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint32_t side, uint32_t request_size,
                     uint32_t response_size);
 void shared_close(void *state, int32_t tell);
 int32_t shared_publish(void *state, const void *records, uint64_t bytes, int64_t spin_ns);
 int32_t shared_take(void *state, void *out, uint32_t max, int64_t spin_ns);
 int32_t shared_sleep(void *state, uint32_t want, int64_t ns);
+int32_t shared_ask(void *state, uint32_t want, uint32_t door);
 int32_t shared_pending(void *state);
-uint32_t shared_notifications(void *state);
+void shared_statistics(void *state, uint64_t *out);
 /* cdef end */
 
 #endif

@@ -4,83 +4,25 @@
  * whoever publishes past an index that was asked for rings the bell, a futex. While one spins it has not asked, and the
  * peer makes no system call.
  *
- * A peer may also shrink the object, after which the host answers a touch with SIGBUS. Every access here runs under a guard
- * that turns it into -EFAULT; the jump crosses these functions only, never a frame of Python's. */
+ * An end in an event loop cannot sleep on a futex. It waits for a socket instead, and says so in its line before it asks:
+ * whoever rings knocks there with an empty datagram. Its address is one that the kernel chose (unix(7), autobind) and
+ * forgets when its owner ends, however that ends; and 20 bits say it.
+ *
+ * A peer may also shrink the object, after which the host answers a touch with SIGBUS; guard.h turns it into -EFAULT. */
 #define _GNU_SOURCE
-#include "ringlib.h"
+#include "guard.h"
+#include "shared.h"
 
 #include <linux/futex.h>
 #include <sched.h>
-#include <setjmp.h>
-#include <signal.h>
+#include <stdio.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { FRONT = 0, BACK = 1 };
-
-/* A side's line of the control page. Python writes pid and born (when that process started), by pwrite. */
-struct end {
-    _Atomic uint32_t bell;   /* counted up by the other side; what this side sleeps on */
-    _Atomic uint32_t closed;
-    _Atomic uint32_t cpu;    /* where this side last waited, plus 1 */
-    uint32_t pid;
-    uint64_t born;
-    uint8_t pad[40];
-};
-struct control {
-    uint32_t magic, request_size, response_size, ring_pages, payload_pages, pad[11];
-    struct end end[2];
-};
-_Static_assert(sizeof(struct end) == 64 && offsetof(struct end, pid) == 12 && offsetof(struct end, born) == 16, "shared.py");
-_Static_assert(offsetof(struct control, end) == 64, "shared.py");
-enum { CONTROL_BYTES = 4096 };
-
-struct shared {
-    struct control *control; /* NULL: closed by us */
-    uint64_t bytes;
-    uint32_t side, in_size, out_size, nr_ents, cpu, gone, notifications;
-    union {
-        struct ring_front front;
-        struct ring_back back;
-    };
-};
-_Static_assert(sizeof(struct shared) <= SHARED_STATE, "the room that Python makes");
-
-/* ---- the guard */
-
-struct guard {
-    sigjmp_buf out;
-    uintptr_t from, to;
-};
-/* Of this thread, while it touches a ring. Found by a fixed offset: a signal handler may not ask the linker for it. */
-static __thread __attribute__((tls_model("initial-exec"))) struct guard *volatile armed;
-static struct sigaction before;
-
-static void on_sigbus(int number, siginfo_t *info, void *context)
-{
-    uintptr_t at = (uintptr_t)info->si_addr;
-
-    if (armed && info->si_code > 0 && at >= armed->from && at < armed->to)
-        siglongjmp(armed->out, 1);
-    if (before.sa_flags & SA_SIGINFO)
-        before.sa_sigaction(number, info, context);
-    else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
-        before.sa_handler(number);
-    else if (!sigaction(SIGBUS, &before, NULL))
-        raise(number);
-}
-
-/* Once a process, before its first ring; what handled SIGBUS before still gets what is not ours. */
-static void guard_install(void)
-{
-    struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK}, now;
-
-    if (!sigaction(SIGBUS, NULL, &now) && now.sa_sigaction != on_sigbus) {
-        before = now;
-        sigaction(SIGBUS, &ours, NULL);
-    }
-}
+/* ---- under the guard */
 
 struct call {
     const void *in;
@@ -134,14 +76,30 @@ static void tell_cpu(struct shared *s)
         atomic_store_explicit(&s->control->end[s->side].cpu, s->cpu = cpu, memory_order_relaxed);
 }
 
+/* What comes of it is the peer's affair: it looks again by itself where nobody reaches it (another network namespace). */
+static void knock(struct shared *s, uint32_t door)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+
+    if (s->knocker < 0)
+        s->knocker = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    snprintf(to.sun_path + 1, 6, "%05x", (door - 1) & 0xfffff);
+    sendto(s->knocker, NULL, 0, MSG_NOSIGNAL, (struct sockaddr *)&to, offsetof(struct sockaddr_un, sun_path) + 6);
+}
+
 static void ring_the_bell(struct shared *s)
 {
     struct end *peer = peer_of(s);
+    uint32_t door;
 
-    s->notifications++;
+    s->counts.notifications++;
     tell_cpu(s);
     atomic_fetch_add(&peer->bell, 1);
-    syscall(SYS_futex, &peer->bell, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0);
+    atomic_thread_fence(memory_order_acquire); /* who saw what it asked for sees its door (do_ask) */
+    if ((door = atomic_load(&peer->door)))
+        knock(s, door);
+    else
+        syscall(SYS_futex, &peer->bell, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0);
 }
 
 /* What this side waits for: the producer index of the other, and how far it has taken. */
@@ -165,11 +123,14 @@ static void spin(struct shared *s, uint32_t want, int64_t ns)
     cpu = atomic_load_explicit(&peer_of(s)->cpu, memory_order_relaxed);
     if (!cpu || cpu == s->cpu)
         return;
+    s->counts.spins++;
     end = now_ns() + ns;
     do
         for (int i = 0; i < 50; i++) {
-            if (atomic_load_explicit(prod, memory_order_relaxed) - cons >= want)
+            if (atomic_load_explicit(prod, memory_order_relaxed) - cons >= want) {
+                s->counts.spins_won++;
                 return;
+            }
             __builtin_ia32_pause();
         }
     while (now_ns() < end && !closed(s));
@@ -188,6 +149,7 @@ static int32_t do_open(struct shared *s, const struct call *c)
         s->nr_ents = s->front.nr_ents;
     } else {
         atomic_store(&s->control->end[BACK].closed, 0);
+        atomic_store(&s->control->end[BACK].door, 0); /* the last one's */
         r = ring_back_attach(&s->back, page, c->n, s->in_size, s->out_size);
         s->nr_ents = s->back.nr_ents;
     }
@@ -203,7 +165,7 @@ int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint
     int32_t r;
 
     guard_install();
-    *s = (struct shared){.control = base, .bytes = bytes, .side = side};
+    *s = (struct shared){.control = base, .bytes = bytes, .side = side, .knocker = -1};
     s->in_size = side == FRONT ? response_size : request_size;
     s->out_size = side == FRONT ? request_size : response_size;
     r = guarded(s, do_open, &(struct call){.n = ring});
@@ -229,6 +191,8 @@ void shared_close(void *state, int32_t tell)
 
     if (tell)
         guarded(s, do_close, NULL);
+    if (s->control && s->knocker >= 0)
+        close(s->knocker);
     s->control = NULL;
 }
 
@@ -244,6 +208,12 @@ static int32_t make_room(struct shared *s, uint32_t n, int64_t ns)
     return ring_front_take(&s->front, NULL, s->nr_ents);
 }
 
+static void high_water(struct shared *s, uint32_t waiting)
+{
+    if (waiting > s->counts.high_water)
+        s->counts.high_water = waiting;
+}
+
 static int32_t do_publish(struct shared *s, const struct call *c)
 {
     uint32_t n = (uint32_t)c->n;
@@ -257,9 +227,15 @@ static int32_t do_publish(struct shared *s, const struct call *c)
     } else {
         r = ring_back_publish(&s->back, c->in, n);
     }
+    if (r < 0)
+        return r;
     if (r == 1)
         ring_the_bell(s);
-    return r < 0 ? r : 0;
+    s->counts.records_sent += n;
+    s->counts.batches_sent += n > 0;
+    if (s->side == FRONT)
+        high_water(s, front_outstanding(&s->front));
+    return 0;
 }
 
 /* 0, or -EAGAIN: no room (yet); -EINVAL: not whole records, or more than the ring has entries. */
@@ -304,6 +280,12 @@ static int32_t do_take(struct shared *s, const struct call *c)
         was_closed = closed(s);
         n = take(s, c);
     }
+    if (n > 0) {
+        s->counts.records_taken += (uint32_t)n;
+        s->counts.batches_taken++;
+        if (s->side == BACK)
+            high_water(s, s->back.req_seen - s->back.req_cons + (uint32_t)n);
+    }
     if (n >= 0 && s->side == BACK && one_way(s))
         r = acknowledge(s, n ? (s->nr_ents + 3) / 4 : 1);
     return r < 0 ? r : !n && was_closed ? -EPIPE : n;
@@ -318,17 +300,28 @@ int32_t shared_take(void *state, void *out, uint32_t max, int64_t spin_ns)
     return guarded(s, do_take, &(struct call){.out = out, .n = max, .ns = spin_ns});
 }
 
+/* To be told of the `want`th entry from here. 1: look, something is there; 0: sleep. */
+static int32_t ask(struct shared *s, uint32_t want)
+{
+    _Atomic uint32_t *event = s->side == FRONT ? &s->front.sh->rsp_event : &s->back.sh->req_event;
+
+    return ring_final_check(producer(s), event, consumer(s), want) || closed(s);
+}
+
 static int32_t do_sleep(struct shared *s, const struct call *c)
 {
     struct timespec ts = {c->ns / 1000000000, c->ns % 1000000000};
-    _Atomic uint32_t *event = s->side == FRONT ? &s->front.sh->rsp_event : &s->back.sh->req_event;
     struct end *me = &s->control->end[s->side];
-    uint32_t seen = atomic_load(&me->bell), want = (uint32_t)c->n;
+    uint32_t seen;
 
-    if (ring_final_check(producer(s), event, consumer(s), want) || closed(s))
+    if (atomic_load_explicit(&me->door, memory_order_relaxed))
+        atomic_store(&me->door, 0); /* before `seen`: who still knocks has rung before */
+    seen = atomic_load(&me->bell);
+    if (ask(s, (uint32_t)c->n))
         return 1;
     if (c->ns <= 0)
         return 0;
+    s->counts.sleeps++;
     if (syscall(SYS_futex, &me->bell, FUTEX_WAIT, seen, &ts, NULL, 0) && errno == EFAULT)
         s->gone = 1;
     return s->gone ? -EFAULT : atomic_load(&me->bell) != seen;
@@ -338,6 +331,23 @@ static int32_t do_sleep(struct shared *s, const struct call *c)
 int32_t shared_sleep(void *state, uint32_t want, int64_t ns)
 {
     return guarded(state, do_sleep, &(struct call){.n = want, .ns = ns});
+}
+
+static int32_t do_ask(struct shared *s, const struct call *c)
+{
+    int32_t r;
+
+    atomic_store(&s->control->end[s->side].door, (uint32_t)c->ns);
+    atomic_thread_fence(memory_order_release);
+    r = c->ns && ask(s, (uint32_t)c->n);
+    s->counts.sleeps += c->ns && !r;
+    return r;
+}
+
+/* As shared_sleep, without sleeping: the peer will knock at `door`. door 0: not any more. */
+int32_t shared_ask(void *state, uint32_t want, uint32_t door)
+{
+    return guarded(state, do_ask, &(struct call){.n = want, .ns = door});
 }
 
 static int32_t do_pending(struct shared *s, const struct call *c)
@@ -358,4 +368,4 @@ static int32_t do_pending(struct shared *s, const struct call *c)
 /* Front: published and not answered; back: taken and not answered. -EPIPE: one way, and what is left will never be taken. */
 int32_t shared_pending(void *state) { return guarded(state, do_pending, NULL); }
 
-uint32_t shared_notifications(void *state) { return ((struct shared *)state)->notifications; }
+void shared_statistics(void *state, uint64_t *out) { memcpy(out, &((struct shared *)state)->counts, sizeof(struct counts)); }

@@ -9,16 +9,15 @@ The creator is the front and sends requests of `request_size` bytes, the attache
 `response_size`. With no response size the ring goes one way: what the back takes is answered by ringlib with nothing, by the
 quarter ring or when the back comes for more and there is none.
 
-A batch is one bytes-like object of packed records, published whole or not at all; a call costs the same for one record or
-a hundred. An end belongs to one thread of one process: a forked child attaches by name.
+A batch is packed records in one buffer (bytes, a memoryview, a numpy array), published whole or not at all; a call costs the
+same for one record or a hundred. An end belongs to one thread of one process: a forked child attaches by name.
 
 The object is a control page, the ring as io/ring.h has it, and, where asked for, `payload`: memory that records may point
-into, so that large things need not be copied.
+into, so that large things need not be copied (Slots).
 
 Both ends hold the object, so a peer can shrink it: the ring then raises Broken, but a touch of `payload` is SIGBUS.
 
-Control page: u32 magic, request_size, response_size, ring pages, payload pages; a line of each side @64 and @128
-(shared.c), of which u32 pid @12 and u64 start time @16 say who that side is.
+GUIDE.md, beside this file, goes through all of it.
 """
 
 from __future__ import annotations
@@ -27,82 +26,92 @@ import errno
 import fcntl
 import mmap
 import os
-import select
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import posix_ipc
-
+from ringlib import control
 from ringlib._ring import ffi, lib
-from ringlib.ring import Broken, Busy, Closed, Records, WouldBlock
+from ringlib.control import BACK, FRONT, PAGE, Peer, Sizes
+from ringlib.ring import Broken, Buffer, Busy, Closed, WouldBlock
 
-PAGE = mmap.PAGESIZE
-RING_HEADER = 64
-FRONT, BACK = 0, 1
-HEAD = struct.Struct("<5I")
-MAGIC = 0x32676E72
-WHO = struct.Struct("<IQ")  # as it lies in the file: pid @12 of a side's line, start time @16
-WHO_AT = (64 + 12, 128 + 12)
-MAX_PAGES = 1 << 20
+if TYPE_CHECKING:
+    from ringlib.door import Door
+
 SPIN_NS = 20_000  # less than a sleep and a wake-up across CPUs cost
 LOOK_SECONDS = 0.05  # a sleeper looks this often whether its peer still lives
 ATTACH_SECONDS = 0.001  # and an attacher whether the ring is there
 
 
-class SharedRing:
-    """One end. `put` publishes what this end sends, `get` takes what the other end sent."""
+class Statistics(NamedTuple):
+    """What one end did since it was opened: counts, each from 0 to 2^64 - 1."""
 
-    def __init__(self, name: str, fd: int, side: int, sizes: Sequence[int]) -> None:
-        """create and attach call this; `fd` is ours once it returns. sizes: request, response, ring pages, payload pages."""
+    records_sent: int
+    batches_sent: int  # records / batches: how much a call moved
+    records_taken: int
+    batches_taken: int
+    notifications: int  # times this end woke its peer by a system call; all else was seen by one that was awake
+    sleeps: int  # times this end slept, or began to wait in an event loop
+    spins: int  # times it looked for up to SPIN_NS before that; not where the peer shares its CPU
+    spins_won: int  # of these, how many found what they waited for
+    high_water: int  # the most records that this end saw in the ring: the front's not answered, the back's not taken
+
+
+class SharedRing:
+    """One end. `put` publishes what this end sends, `get` takes what the other end sent; `aput` and `aget` in asyncio."""
+
+    def __init__(self, name: str, fd: int, side: int, sizes: Sizes) -> None:
+        """create and attach call this; `fd` is ours once it returns."""
         self.name, self._fd, self._side = name, fd, side
-        request, response, ring, payload = sizes
-        self.sent_size, self.received_size = (request, response) if side == FRONT else (response, request)
+        self.sent_size, self.received_size = sizes[:2] if side == FRONT else sizes[1::-1]
         self._owner = os.getpid()
-        self._peer: tuple[int, int] = (0, 0)
-        self._pidfd: int | None = None
+        self._peer = Peer(fd, 1 - side)
+        self._door: Door | None = None
         self._kept = b""
-        size = (1 + ring + payload) * PAGE
-        self._map: mmap.mmap | None = mmap.mmap(fd, size)
-        self._payload = memoryview(self._map)[(1 + ring) * PAGE :]
+        self._map: mmap.mmap | None = mmap.mmap(fd, sizes.bytes)
+        self._payload = memoryview(self._map)[(1 + sizes.ring) * PAGE :]
         self._state: Any = ffi.new("char[]", lib.SHARED_STATE)
         self._c_publish: Callable[[Any, Any, int, int], int] = lib.shared_publish
         self._c_take: Callable[[Any, Any, int, int], int] = lib.shared_take
-        self._unpack: Callable[[Any, int], bytes] = ffi.unpack
-        base = ffi.from_buffer(self._map)
-        self.nr_ents = lib.shared_open(self._state, base, size, ring * PAGE, side, request, response)
+        base, ring = ffi.from_buffer(self._map), sizes.ring * PAGE
+        self.nr_ents = lib.shared_open(self._state, base, sizes.bytes, ring, side, sizes.request, sizes.response)
         if self.nr_ents < 0:
             raise Broken("no record fits the ring, or somebody shrank it")
         self._out: Any = ffi.new("char[]", max(1, self.nr_ents * self.received_size))
-        _sign(fd, side, self._owner, _born(self._owner))
+        self._taken: Any = ffi.buffer(self._out)
 
     # ---- life
 
     @classmethod
-    def create(cls, name: str, request_size: int, response_size: int = 0, *, pages: int = 16, payload: int = 0) -> SharedRing:
+    def create(
+        cls,
+        name: str,
+        request_size: int,
+        response_size: int = 0,
+        *,
+        pages: int = 16,
+        payload: int = 0,
+        replace: bool = False,
+    ) -> SharedRing:
         """Make the object `name` ("/..."), mode 0600, and be its front.
 
-        pages: of the ring; entries are the power of two of records that fits. payload: bytes. Raises FileExistsError (a
-        creator that was killed leaves its name: posix_ipc.unlink_shared_memory), ValueError, OSError (ENOSPC: no room).
+        pages: of the ring; entries are the power of two of records that fits. payload: bytes. replace: also where a front
+        that died left its ring under that name; who holds the old one is told that its front died.
+
+        Raises FileExistsError, ValueError, OSError (ENOSPC: no room); with replace, Busy (that front lives) and Broken (what
+        is there is not a ring).
         """
-        sizes = (request_size, response_size, pages, -(-payload // PAGE))
-        if not _possible(*sizes):
+        sizes = Sizes(request_size, response_size, pages, -(-payload // PAGE))
+        if not sizes.possible:
             raise ValueError(f"impossible sizes: request {request_size}, response {response_size}, {pages} pages, {payload}")
+        fd = control.make(name, sizes, replace)
         try:
-            shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=(1 + sizes[2] + sizes[3]) * PAGE)
-        except posix_ipc.ExistentialError:
-            raise FileExistsError(errno.EEXIST, "shared memory exists", name) from None
-        try:
-            os.posix_fallocate(shm.fd, 0, shm.size)  # a full /dev/shm is an error now, not SIGBUS later
-            ring = cls(name, shm.fd, FRONT, sizes)
+            ring = cls(name, fd, FRONT, sizes)
         except BaseException:
-            os.close(shm.fd)
-            posix_ipc.unlink_shared_memory(name)
+            control.discard(name, fd)
             raise
-        os.pwrite(shm.fd, HEAD.pack(MAGIC, *sizes), 0)  # last: the ring is ready
+        control.ready(fd, sizes)
         return ring
 
     @classmethod
@@ -123,21 +132,13 @@ class SharedRing:
 
     @classmethod
     def _attach(cls, name: str) -> SharedRing:
+        fd, sizes = control.find(name)
         try:
-            fd = posix_ipc.SharedMemory(name).fd
-        except posix_ipc.ExistentialError:
-            raise FileNotFoundError(errno.ENOENT, "no shared memory", name) from None
-        try:
-            magic, *sizes = HEAD.unpack(os.pread(fd, HEAD.size, 0).ljust(HEAD.size, b"\0"))
-            if magic == 0:
-                raise FileNotFoundError(errno.ENOENT, "shared memory is not a ring yet", name)
-            if magic != MAGIC or not _possible(*sizes) or os.fstat(fd).st_size != (1 + sizes[2] + sizes[3]) * PAGE:
-                raise Broken(f"{name} is not a ring")
-            fcntl.flock(fd, fcntl.LOCK_EX)  # of two that attach at once, one is first
-            if (pidfd := _pidfd(*WHO.unpack(os.pread(fd, WHO.size, WHO_AT[BACK])))) is not None:
+            if (pidfd := control.living(*control.who(fd, BACK))) is not None:
                 os.close(pidfd)
                 raise Busy(f"{name} has a back")
             ring = cls(name, fd, BACK, sizes)
+            control.sign(fd, BACK, os.getpid())
         except BaseException:
             os.close(fd)
             raise
@@ -150,17 +151,16 @@ class SharedRing:
             return
         ours = os.getpid() == self._owner  # a forked child only lets go of its copy
         lib.shared_close(self._state, ours)
-        if ours and self._side == BACK:
-            _sign(self._fd, BACK, 0, 0)  # another may come
+        if self._door is not None:
+            self._door.close(ours)
         self._map, self._payload = None, memoryview(b"")  # unmapped when the last view of it goes
-        os.close(self._fd)
-        if self._pidfd is not None:
-            os.close(self._pidfd)
+        self._peer.forget()
+        if ours and self._side == BACK:
+            control.sign(self._fd, BACK, 0)  # another may come
         if ours and self._side == FRONT:
-            try:
-                posix_ipc.unlink_shared_memory(self.name)
-            except posix_ipc.ExistentialError:
-                pass
+            control.discard(self.name, self._fd)
+        else:
+            os.close(self._fd)
 
     def __enter__(self) -> SharedRing:
         return self
@@ -168,7 +168,7 @@ class SharedRing:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    # ---- data
+    # ---- what there is to know
 
     @property
     def payload(self) -> memoryview:
@@ -184,68 +184,134 @@ class SharedRing:
         return self._checked(lib.shared_pending(self._state))
 
     @property
-    def notifications(self) -> int:
-        """How often this end woke its peer by a system call."""
-        return lib.shared_notifications(self._state)
+    def statistics(self) -> Statistics:
+        """What this end did so far, also of a ring that is closed."""
+        counts = ffi.new("uint64_t[]", lib.SHARED_COUNTS)
+        lib.shared_statistics(self._state, counts)
+        return Statistics(*counts)
 
-    def publish(self, batch: Records) -> None:
-        """Publish without waiting. Raises WouldBlock (nothing was published), ValueError, Broken, Closed."""
+    # ---- without waiting
+
+    def publish(self, batch: Buffer) -> None:
+        """Publish a batch. Raises WouldBlock (nothing was published), ValueError (no whole records), Broken, Closed."""
         self._publish(batch, 0)
 
     def take(self, max_items: int | None = None) -> bytes:
-        """What is there, without waiting; b"" if nothing. Raises Broken, Closed, ValueError (the front of a one-way ring)."""
+        """What is there; b"" if nothing. Raises Broken, Closed, ValueError (the front of a one-way ring)."""
         return self._take(max_items, 0) or b""
 
-    def put(self, batch: Records, timeout: float | None = None) -> None:
+    def take_into(self, buffer: Buffer) -> int:
+        """What is there, into `buffer`: writable, contiguous, with room for at least one record of `received_size` bytes.
+
+        Returns the records taken, 0 if there are none. Raises as take does, and BufferError.
+        """
+        return self._take_into(buffer, 0) or 0
+
+    # ---- waiting; timeouts in seconds, None: for ever
+
+    def put(self, batch: Buffer, timeout: float | None = None) -> None:
         """Publish, waiting for room. Raises as publish does, and TimeoutError.
 
         The front of a two-way ring keeps what is answered meanwhile for its next get, at most a ring full: WouldBlock then
         says that only a get of its own makes room. The back never waits: there is room for every answer to what it took.
         """
-        if type(batch) is bytes and self._c_publish(self._state, batch, len(batch), SPIN_NS) == 0:
+        publish = self._c_publish
+        if type(batch) is bytes and publish(self._state, batch, len(batch), SPIN_NS) == 0:
             return  # a call each of ours and of C's: at a record a call all else would be most of the time
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                return self._publish(batch, SPIN_NS)
-            except WouldBlock:
-                if self._side == BACK or not self._may_wait():
-                    raise
-            short = self.pending + memoryview(batch).nbytes // self.sent_size - self.nr_ents
-            if short > 0:
-                self._sleep(max(short, self.pending // 2) if not self.received_size else short, end)
+        end = _end(timeout)
+        for want in self._putting(batch, SPIN_NS):
+            self._sleep(want, end)
 
     def get(self, max_items: int | None = None, timeout: float | None = None) -> bytes:
         """A packed batch of at least one; b"" once the peer closed and nothing is left. Raises TimeoutError, and as take."""
         if not self._kept:
-            n = self._c_take(self._state, self._out, self.nr_ents if max_items is None else max_items, SPIN_NS)
+            take = self._c_take
+            n = take(self._state, self._out, self.nr_ents if max_items is None else max_items, SPIN_NS)
             if n > 0:
-                return self._unpack(self._out, n * self.received_size)
-        batch, end = self._take(max_items, 0), None if timeout is None else time.monotonic() + timeout
-        while batch == b"":
+                batch: bytes = self._taken[: n * self.received_size]
+                return batch
+        end = _end(timeout)
+        while (got := self._take(max_items, 0)) == b"":
             self._sleep(1, end)
-            batch = self._take(max_items, 0)
-        return batch or b""
+        return got or b""
+
+    def get_into(self, buffer: Buffer, timeout: float | None = None) -> int:
+        """As take_into, waiting for at least one record; 0 once the peer closed and nothing is left. Raises TimeoutError."""
+        n, end = self._take_into(buffer, SPIN_NS), _end(timeout)
+        while n == 0:
+            self._sleep(1, end)
+            n = self._take_into(buffer, 0)
+        return n or 0
 
     def __iter__(self) -> Iterator[bytes]:
         """Record by record, until the peer closed; taken in batches, so that a record costs a slice."""
-        size = self.received_size
         while batch := self.get():
-            for at in range(0, len(batch), size):
-                yield batch[at : at + size]
+            yield from self._records(batch)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until the back has taken all that was put and comes for more: closing loses nothing then. One way only.
 
         Raises TimeoutError, Broken.
         """
+        end = _end(timeout)
+        for want in self._draining():
+            self._sleep(want, end)
+
+    # ---- waiting in asyncio: the loop runs on; without spinning, which would hold it up
+
+    async def aput(self, batch: Buffer, timeout: float | None = None) -> None:
+        """As put."""
+        end = _end(timeout)
+        for want in self._putting(batch, 0):
+            await self._asleep(want, end)
+
+    async def aget(self, max_items: int | None = None, timeout: float | None = None) -> bytes:
+        """As get; cancelled, it has taken nothing."""
+        end = _end(timeout)
+        while (batch := self._take(max_items, 0)) == b"":
+            await self._asleep(1, end)
+        return batch or b""
+
+    async def aget_into(self, buffer: Buffer, timeout: float | None = None) -> int:
+        """As get_into; cancelled, it has taken nothing."""
+        end = _end(timeout)
+        while (n := self._take_into(buffer, 0)) == 0:
+            await self._asleep(1, end)
+        return n or 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """As __iter__."""
+        while batch := await self.aget():
+            for record in self._records(batch):
+                yield record
+
+    async def adrain(self, timeout: float | None = None) -> None:
+        """As drain."""
+        end = _end(timeout)
+        for want in self._draining():
+            await self._asleep(want, end)
+
+    # ---- both ways of waiting have these in common; what is yielded is the record, from here, to wait for
+
+    def _putting(self, batch: Buffer, spin_ns: int) -> Iterator[int]:
+        n = len(ffi.from_buffer(batch)) // max(1, self.sent_size)
+        while True:
+            try:
+                return self._publish(batch, spin_ns)
+            except WouldBlock:
+                if self._side == BACK or not self._may_wait():
+                    raise
+            short = self.pending + n - self.nr_ents
+            if short > 0:
+                yield max(short, self.pending // 2) if not self.received_size else short
+
+    def _draining(self) -> Iterator[int]:
         if self.received_size or self._side == BACK:
             raise ValueError("the answers say what was taken")
-        end = None if timeout is None else time.monotonic() + timeout
         while pending := self.pending:
-            self._sleep(pending, end)
+            yield pending
 
-    def _publish(self, batch: Records, spin_ns: int) -> None:
+    def _publish(self, batch: Buffer, spin_ns: int) -> None:
         data = batch if type(batch) is bytes else ffi.from_buffer(batch)
         if (result := self._c_publish(self._state, data, len(data), spin_ns)) < 0:
             self._checked(result)
@@ -258,7 +324,19 @@ class SharedRing:
             return batch
         if (n := self._c_take(self._state, self._out, most, spin_ns)) <= 0:
             return None if n == -errno.EPIPE else self._checked(n) * b""
-        return self._unpack(self._out, n * self.received_size)
+        taken: bytes = self._taken[: n * self.received_size]
+        return taken
+
+    def _take_into(self, buffer: Buffer, spin_ns: int) -> int | None:
+        """0: nothing yet; None: nothing, and the peer closed."""
+        out = ffi.from_buffer(buffer, require_writable=True)
+        most = min(len(out) // max(1, self.received_size), self.nr_ents)
+        if self._kept and most > 0:
+            batch = self._take(most, 0) or b""
+            ffi.memmove(out, batch, len(batch))
+            return len(batch) // self.received_size
+        n = self._c_take(self._state, out, most, spin_ns)
+        return None if n == -errno.EPIPE else self._checked(n)
 
     def _may_wait(self) -> bool:
         """Make what room we can: keep answers, up to a ring full."""
@@ -268,28 +346,38 @@ class SharedRing:
             return True
         return not self.received_size
 
-    # ---- waiting
+    def _records(self, batch: bytes) -> Iterator[bytes]:
+        size = self.received_size
+        return (batch[at : at + size] for at in range(0, len(batch), size))
 
     def _sleep(self, want: int, end: float | None) -> None:
         """Until the `want`th record from here, or a look at the clock and at the peer. Raises TimeoutError, Broken."""
-        left = LOOK_SECONDS if end is None else min(LOOK_SECONDS, end - time.monotonic())
-        if left > 0 and self._checked(lib.shared_sleep(self._state, want, int(left * 1e9))):
-            return
-        # What a peer published before it died is there to be seen, now that it is known to be dead.
-        if not self._peer_lives() and not self._checked(lib.shared_sleep(self._state, want, 0)):
+        left = _left(end)
+        if left <= 0 or not self._checked(lib.shared_sleep(self._state, want, int(left * 1e9))):
+            self._look(want, left)
+
+    async def _asleep(self, want: int, end: float | None) -> None:
+        left, door = _left(end), self._door
+        if door is None or not door.here():
+            door = self._open_door()
+        if left <= 0 or not self._checked(await door.wait(want, left)):
+            self._look(want, left)
+
+    def _look(self, want: int, left: float) -> None:
+        """What a peer published before it died is there to be seen, now that it is known to be dead."""
+        if not self._peer.lives() and not self._checked(lib.shared_sleep(self._state, want, 0)):
             raise Broken("the peer died")
         if left <= 0:
             raise TimeoutError(f"{self.name}: nothing in the time given")
 
-    def _peer_lives(self) -> bool:
-        who: tuple[int, int] = WHO.unpack(os.pread(self._fd, WHO.size, WHO_AT[1 - self._side]).ljust(WHO.size, b"\0"))
-        if who[0] == 0:
-            return True  # it has not come yet
-        if who != self._peer:
-            if self._pidfd is not None:
-                os.close(self._pidfd)
-            self._peer, self._pidfd = who, _pidfd(*who)
-        return self._pidfd is not None and not _ended(self._pidfd)
+    def _open_door(self) -> Door:
+        """In the event loop that runs now."""
+        from ringlib.door import Door  # asyncio is large; who does not wait in it does without
+
+        if self._door is not None:
+            self._door.close(True)
+        self._door = Door(self._state)
+        return self._door
 
     def _checked(self, result: int) -> int:
         if result >= 0:
@@ -297,48 +385,18 @@ class SharedRing:
         if result == -errno.EAGAIN:
             raise WouldBlock("the whole batch does not fit")
         if result == -errno.EINVAL:
-            raise ValueError(f"not 1 to {self.nr_ents} records of {self.sent_size} bytes, or against the ring's one way")
+            sizes = f"{self.sent_size} bytes sent, {self.received_size} received"
+            raise ValueError(f"not 1 to {self.nr_ents} whole records of {sizes}, or against the ring's one way")
         if result == -errno.EBADF:
             raise Closed(self.name)
         why = {errno.EPIPE: "closed", errno.EFAULT: "shrank the object"}.get(-result, "moved an index to where it cannot be")
         raise Broken(f"the peer {why}")
 
 
-def _possible(request: int, response: int, pages: int, payload: int) -> bool:
-    fits = 0 < request <= pages * PAGE - RING_HEADER and 0 <= response <= pages * PAGE - RING_HEADER
-    return fits and pages <= MAX_PAGES and 0 <= payload <= MAX_PAGES
+def _end(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
 
-def _sign(fd: int, side: int, pid: int, born: int) -> None:
-    """Say who that side is; the number last, so that nobody reads it beside another's start time."""
-    at = WHO_AT[side]
-    os.pwrite(fd, bytes(4), at)
-    os.pwrite(fd, WHO.pack(0, born), at)
-    os.pwrite(fd, pid.to_bytes(4, "little"), at)
-
-
-def _pidfd(pid: int, born: int) -> int | None:
-    """A descriptor of the process, if it lives; the start time tells it from a later one of that number."""
-    try:
-        fd = os.pidfd_open(pid) if pid else None
-    except (ProcessLookupError, OverflowError):  # the latter: a number that a peer made up
-        return None
-    if fd is not None and (_ended(fd) or _born(pid) != born):
-        os.close(fd)
-        return None
-    return fd
-
-
-def _ended(pidfd: int) -> bool:
-    """Also of a zombie, which a kill(pid, 0) still finds."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _born(pid: int) -> int:
-    """When it started, in clock ticks since boot; 0 if there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except FileNotFoundError:
-        return 0
+def _left(end: float | None) -> float:
+    """Seconds to sleep before the next look."""
+    return LOOK_SECONDS if end is None else min(LOOK_SECONDS, end - time.monotonic())

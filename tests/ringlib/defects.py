@@ -11,6 +11,7 @@ import pytest
 from cffi import FFI
 
 import ringlib.bytering
+import ringlib.door
 import ringlib.ring
 import ringlib.shared
 
@@ -52,6 +53,7 @@ def seed(monkeypatch: pytest.MonkeyPatch, folder: Path, *edits: Edit, macros: tu
     ffi: Any = FFI()
     ffi.cdef((folder / "ringlib.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
     lib = ffi.dlopen(str(compiled(folder, *macros, folder / "ring.c", folder / "shared.c")))
-    for module in (ringlib.ring, ringlib.bytering, ringlib.shared):
-        monkeypatch.setattr(module, "ffi", ffi)
+    for module in (ringlib.ring, ringlib.bytering, ringlib.shared, ringlib.door):
         monkeypatch.setattr(module, "lib", lib)
+        if hasattr(module, "ffi"):
+            monkeypatch.setattr(module, "ffi", ffi)

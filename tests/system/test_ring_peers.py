@@ -18,7 +18,7 @@ import posix_ipc
 import psutil
 import pytest
 
-from ringlib import Broken, Busy, SharedRing, shared
+from ringlib import Broken, Busy, SharedRing, control, shared
 from tests.conftest import NIGHTLY, TIMEOUT
 from tests.ringlib.defects import CAUGHT, Edit, seed
 from tests.ringlib.peers import SIZE, SOON, both, fork, new_name, process, records
@@ -100,11 +100,15 @@ def test_unanswered_requests_are_taken_again_by_the_next_back() -> None:
                 assert back.get() == records(0, 1)
 
 
+def claim(front: SharedRing, pid: int, born: int) -> None:
+    os.pwrite(front._fd, control.WHO.pack(pid, born), control.WHO_AT[control.FRONT])
+
+
 def check_a_later_process_is_told_apart(patience: float) -> None:
     with both() as (front, back):
-        pid, born = struct.unpack("<IQ", os.pread(front._fd, 12, shared.WHO_AT[shared.FRONT]))
+        pid, born = control.who(front._fd, control.FRONT)
         assert pid == os.getpid() and born > 0
-        shared._sign(front._fd, shared.FRONT, pid, born - 1)
+        claim(front, pid, born - 1)
         with pytest.raises(Broken, match="died"):
             back.get(timeout=patience)
 
@@ -116,7 +120,7 @@ def test_a_later_process_of_the_same_number_is_not_the_peer() -> None:
 def test_a_made_up_process_is_not_the_peer() -> None:
     for pid, born in ((0xFFFFFFFF, 0), (0x7FFFFFFF, 0), (os.getpid(), 2**64 - 1)):
         with both() as (front, back):
-            shared._sign(front._fd, shared.FRONT, pid, born)
+            claim(front, pid, born)
             with pytest.raises(Broken, match="died"):
                 back.get(timeout=TIMEOUT)
 
@@ -219,12 +223,12 @@ def test_a_bus_error_elsewhere_is_not_ours() -> None:
 
 
 def believes_a_number(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(shared, "_ended", lambda pidfd: False)  # as kill(pid, 0) says of a zombie
+    monkeypatch.setattr(control, "ended", lambda pidfd: False)  # as kill(pid, 0) says of a zombie
     check_a_killed_back_is_noticed(SOON)
 
 
 def believes_any_start(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(shared, "_pidfd", lambda pid, born: os.pidfd_open(pid) if pid else None)
+    monkeypatch.setattr(control, "living", lambda pid, since: os.pidfd_open(pid) if pid else None)
     check_a_later_process_is_told_apart(SOON)
 
 
