@@ -305,4 +305,3 @@ def test_a_closed_connection_takes_no_more_requests(bench: Bench) -> None:
         assert "late" not in await bench.dom0.ls("/local/domain/5") and bench.trouble == ["enough"]
 
     bench.run(main())
-

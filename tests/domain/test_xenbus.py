@@ -369,4 +369,3 @@ def test_a_failing_end_that_was_closed_already_stays_so() -> None:
         assert bench.front.state == CLOSED and bench.front.done == done and bench.front.error == "too late"
 
     Bench().play(scenario)
-

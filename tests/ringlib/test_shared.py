@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ringlib import Broken, Busy, Closed, SharedRing, WouldBlock, shared
+from ringlib import Broken, Busy, Closed, SharedRing, Statistics, WouldBlock, shared
 from tests.conftest import NIGHTLY, TIMEOUT
 from tests.ringlib.defects import CAUGHT, Edit, seed
 from tests.ringlib.peers import SIZE, SOON, both, fork, new_name, process, records
@@ -149,6 +149,50 @@ def test_the_peer_is_notified_only_when_it_asked() -> None:
         front.put(records(0, 1))
         front.put(records(0, 1))
         assert front.statistics.notifications == 2
+
+
+def check_statistics() -> None:
+    with both(SIZE, 16, pages=2) as (front, back):
+        front.put(records(0, 5))
+        front.publish(records(5, 3))
+        front.put(b"")
+        assert front.statistics == Statistics(8, 2, 0, 0, notifications=1, sleeps=0, spins=0, spins_won=0, high_water=8)
+        back.get(3)
+        back.get_into(bytearray(SIZE))
+        back.put(bytes(16) * 4)
+        with pytest.raises(WouldBlock):
+            front.publish(records(0, front.nr_ents - 3))
+        assert back.statistics == Statistics(4, 1, 4, 2, notifications=1, sleeps=0, spins=0, spins_won=0, high_water=8)
+        back.take()
+        back.put(bytes(16) * 4)
+        front.get()
+        with pytest.raises(TimeoutError):
+            front.get(timeout=0.001)
+        front.close()
+        got = front.statistics
+        assert got[:5] == (8, 2, 8, 1, 1 + 1) and got.sleeps >= 1 and got.high_water == 8, "closing notifies too"
+
+
+def test_statistics() -> None:
+    check_statistics()
+
+
+def test_spins_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer is said to be on another CPU, so that it is worth while."""
+    with both() as (front, back):
+        for line in (64, 128):
+            os.pwrite(back._fd, struct.pack("<I", 1000), line + 8)
+        with pytest.raises(TimeoutError):
+            back.get(timeout=0)
+        assert back.statistics[5:8] == (0, 1, 0)
+        monkeypatch.setattr(shared, "SPIN_NS", int(TIMEOUT * 1e9))
+        reader = threading.Thread(target=lambda: back.get(timeout=TIMEOUT))
+        reader.start()
+        while back.statistics.spins < 2:
+            pass
+        front.publish(records(0, 1))
+        reader.join(TIMEOUT)
+        assert back.statistics[5:8] == (0, 2, 1)
 
 
 def test_waiting_lets_other_threads_run() -> None:
@@ -394,7 +438,14 @@ def sleeps_without_asking(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None
     check_a_sleeper_is_woken(monkeypatch, 3_000, SOON)
 
 
-@pytest.mark.parametrize("defect", [never_rings, sleeps_without_asking])
+def counts_what_was_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    early = "    if (r < 0)\n        return r;\n    if (r == 1)\n        ring_the_bell(s);\n    s->counts.records_sent += n;\n"
+    late = "    s->counts.records_sent += n;\n    if (r < 0)\n        return r;\n    if (r == 1)\n        ring_the_bell(s);\n"
+    seed(monkeypatch, folder, Edit("shared.c", early, late))
+    check_statistics()
+
+
+@pytest.mark.parametrize("defect", [never_rings, sleeps_without_asking, counts_what_was_refused])
 def test_seeded_defects_are_caught(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, defect: Callable[[pytest.MonkeyPatch, Path], None]
 ) -> None:
