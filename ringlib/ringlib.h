@@ -31,7 +31,7 @@ void shared_close(void *state, int32_t tell);
 int32_t shared_publish(void *state, const void *records, uint64_t bytes, int64_t spin_ns);
 int32_t shared_take(void *state, void *out, uint32_t max, int64_t spin_ns);
 int32_t shared_sleep(void *state, uint32_t want, int64_t ns);
-int32_t shared_ask(void *state, uint32_t want, uint32_t door);
+int32_t shared_ask(void *state, uint32_t want, uint32_t door, int64_t spin_ns);
 int32_t shared_pending(void *state);
 void shared_statistics(void *state, uint64_t *out);
 /* cdef end */

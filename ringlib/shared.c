@@ -111,29 +111,30 @@ static uint32_t consumer(struct shared *s) { return s->side == FRONT ? s->front.
 
 /* Until `want` entries are there, at most `ns`; not at all where the peer runs, or last ran, on this CPU: it would wait
  * for us to stop. Never yields: that costs a whole slice when a third process wants the CPU. */
-static void spin(struct shared *s, uint32_t want, int64_t ns)
+static int spin(struct shared *s, uint32_t want, int64_t ns)
 {
     _Atomic uint32_t *prod = producer(s);
     uint32_t cons = consumer(s), cpu;
     int64_t end;
 
     if (ns <= 0)
-        return;
+        return 0;
     tell_cpu(s);
     cpu = atomic_load_explicit(&peer_of(s)->cpu, memory_order_relaxed);
     if (!cpu || cpu == s->cpu)
-        return;
+        return 0;
     s->counts.spins++;
     end = now_ns() + ns;
     do
         for (int i = 0; i < 50; i++) {
             if (atomic_load_explicit(prod, memory_order_relaxed) - cons >= want) {
                 s->counts.spins_won++;
-                return;
+                return 1;
             }
             __builtin_ia32_pause();
         }
     while (now_ns() < end && !closed(s));
+    return 0;
 }
 
 /* ---- what Python calls: counts, or -EBADF closed by us, -EPIPE closed by the peer, -EPROTO poisoned, -EFAULT shrunk */
@@ -333,21 +334,41 @@ int32_t shared_sleep(void *state, uint32_t want, int64_t ns)
     return guarded(state, do_sleep, &(struct call){.n = want, .ns = ns});
 }
 
+/* An event loop is held up while one spins in it: only where that was worth it the last time. Each time it was not, twice as
+ * many waits go by before it is tried again. */
+static int spin_if_lucky(struct shared *s, uint32_t want, int64_t ns)
+{
+    if (s->wait_out) {
+        s->wait_out--;
+        return 0;
+    }
+    if (spin(s, want, ns)) {
+        s->unlucky = 0;
+        return 1;
+    }
+    s->unlucky = s->unlucky < MOST_UNLUCKY ? 2 * s->unlucky + 1 : MOST_UNLUCKY;
+    s->wait_out = s->unlucky;
+    return 0;
+}
+
 static int32_t do_ask(struct shared *s, const struct call *c)
 {
+    uint32_t want = (uint32_t)c->n, door = (uint32_t)(c->n >> 32);
     int32_t r;
 
-    atomic_store(&s->control->end[s->side].door, (uint32_t)c->ns);
+    if (door && spin_if_lucky(s, want, c->ns))
+        return 1;
+    atomic_store(&s->control->end[s->side].door, door);
     atomic_thread_fence(memory_order_release);
-    r = c->ns && ask(s, (uint32_t)c->n);
-    s->counts.sleeps += c->ns && !r;
+    r = door && ask(s, want);
+    s->counts.sleeps += door && !r;
     return r;
 }
 
 /* As shared_sleep, without sleeping: the peer will knock at `door`. door 0: not any more. */
-int32_t shared_ask(void *state, uint32_t want, uint32_t door)
+int32_t shared_ask(void *state, uint32_t want, uint32_t door, int64_t spin_ns)
 {
-    return guarded(state, do_ask, &(struct call){.n = want, .ns = door});
+    return guarded(state, do_ask, &(struct call){.n = (uint64_t)door << 32 | want, .ns = spin_ns});
 }
 
 static int32_t do_pending(struct shared *s, const struct call *c)

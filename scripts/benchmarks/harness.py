@@ -52,6 +52,7 @@ class Row:
     peers: dict[str, Measure | Absent] = field(default_factory=dict)
     gate: float | None = None  # of ours / limit: at least (more), at most (less)
     absolute: bool = False  # the gate is of ours, in the row's unit
+    peer_gates: dict[str, float] = field(default_factory=dict)  # of ours / that peer, as gate; where it is not absent
 
 
 # ---- two processes
@@ -198,19 +199,18 @@ def _measures(row: Row) -> dict[str, Measure]:
 
 
 def report(row: Row, values: dict[str, list[float]]) -> dict[str, Any]:
-    """The row as the JSON document has it. Ratios are ours / theirs, in the row's unit; the peer is the best one."""
+    """The row as the JSON document has it. Ratios are ours / theirs, in the row's unit; the peer is the best one.
+
+    A row holds when its own gate and those of its peers do; None: it has none.
+    """
     ours = values["ours"]
     ratios = [a / b for a, b in zip(ours, values["limit"], strict=True)]
-    peers: list[dict[str, Any]] = []
-    for name, peer in row.peers.items():
-        if isinstance(peer, str):
-            peers.append({"peer": name, "absent": peer})
-        else:
-            against = statistics.median(a / b for a, b in zip(ours, values[name], strict=True))
-            peers.append({"peer": name, "value": statistics.median(values[name]), "ratio": against})
+    peers = [_peer(row, name, ours, values) for name in row.peers]
     present = [peer for peer in peers if "value" in peer]
     best = sorted(present, key=lambda peer: float(peer["value"]), reverse=row.better == "more")[0] if present else {}
     ratio = statistics.median(ratios)
+    own = _holds(row, row.gate, statistics.median(ours) if row.absolute else ratio)
+    held = [holds for holds in (own, *(peer["holds"] for peer in peers)) if holds is not None]
     return {
         "id": row.id,
         "what": row.what,
@@ -226,14 +226,24 @@ def report(row: Row, values: dict[str, list[float]]) -> dict[str, Any]:
         "spread": spread(ratios),
         "gate": row.gate,
         "absolute": row.absolute,
-        "holds": None if row.gate is None else _holds(row, statistics.median(ours) if row.absolute else ratio),
+        "gate_holds": own,
+        "holds": all(held) if held else None,
         "peers": peers,
     }
 
 
-def _holds(row: Row, value: float) -> bool:
-    assert row.gate is not None
-    return value >= row.gate if row.better == "more" else value <= row.gate
+def _peer(row: Row, name: str, ours: Sequence[float], values: dict[str, list[float]]) -> dict[str, Any]:
+    """What one of them did, or why it is absent; whether its gate holds, if it has one."""
+    peer, gate = row.peers[name], row.peer_gates.get(name)
+    if isinstance(peer, str):
+        return {"peer": name, "absent": peer, "gate": gate, "holds": None}
+    against = statistics.median(a / b for a, b in zip(ours, values[name], strict=True))
+    value = statistics.median(values[name])
+    return {"peer": name, "value": value, "ratio": against, "gate": gate, "holds": _holds(row, gate, against)}
+
+
+def _holds(row: Row, gate: float | None, value: float) -> bool | None:
+    return None if gate is None else value >= gate if row.better == "more" else value <= gate
 
 
 def spread(values: Sequence[float]) -> float:
@@ -272,13 +282,23 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [("id", "what", "unit", "ours", "limit", "x limit", "spread", "peer", "value", "x peer", "")]
     for row in results:
         best, others = row["peer"] or "-", [peer for peer in row["peers"] if peer["peer"] != row["peer"]]
-        unit = f" {row['unit']}" if row["absolute"] else ""
-        gate = "" if row["gate"] is None else f"{'gate' if row['holds'] else 'GATE MISSED'} {row['gate']:g}{unit}"
         figures = [short(row[key]) for key in ("ours", "limit", "ratio_limit")]
         peer = (best, short(row["peer_value"]), short(row["ratio_peer"]))
-        lines.append((row["id"], row["what"], row["unit"], *figures, f"{row['spread']:.0%}", *peer, gate))
+        lines.append((row["id"], row["what"], row["unit"], *figures, f"{row['spread']:.0%}", *peer, _gates(row)))
         for other in others:
             told = other.get("absent", short(other.get("value")))
-            lines.append(("", "", "", "", "", "", "", other["peer"], told, short(other.get("ratio")), ""))
+            gate = "" if other["gate"] is None else _gate(other["gate"], other["holds"], " x peer")
+            lines.append(("", "", "", "", "", "", "", other["peer"], told, short(other.get("ratio")), gate))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _gates(row: dict[str, Any]) -> str:
+    """The row's own and that of its best peer, which is on the same line."""
+    own = (row["gate"], row["gate_holds"], f" {row['unit']}" if row["absolute"] else " x limit")
+    peers = [(peer["gate"], peer["holds"], " x peer") for peer in row["peers"] if peer["peer"] == row["peer"]]
+    return ", ".join(_gate(*gate) for gate in (own, *peers) if gate[0] is not None)
+
+
+def _gate(gate: float, holds: bool | None, of: str) -> str:
+    return f"{'GATE MISSED' if holds is False else 'gate'} {gate:g}{of}"

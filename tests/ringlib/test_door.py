@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ DOOR_AT = (64 + 24, 128 + 24)  # in the control page, of each side
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at the peer comes only at TIMEOUT, where a test does not want it: whoever waits is woken by a knock, or fails."""
+    """If a test does not want it, nobody spins, and a look comes only at TIMEOUT: who waits is woken by a knock, or fails."""
+    monkeypatch.setattr(shared, "SPIN_NS", 0)
     monkeypatch.setattr(shared, "LOOK_SECONDS", TIMEOUT)
 
 
@@ -240,6 +242,82 @@ def test_cancelled_it_has_taken_nothing() -> None:
     run(work())
 
 
+# ---- spinning first
+
+
+def elsewhere(ring: SharedRing) -> None:
+    """Say that its peer is on another CPU, so that spinning may be worth it."""
+    os.pwrite(ring._fd, struct.pack("<I", 1000), (128, 64)[ring._side] + 8)
+
+
+async def wait_in_vain(ring: SharedRing) -> None:
+    waiting = asyncio.create_task(ring.aget())
+    await blocked(waiting)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def spin_while_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with both() as (front, back):
+        elsewhere(back)
+        monkeypatch.setattr(shared, "SPIN_NS", 1)
+        for waits, spins in ((1, 1), (1, 1), (1, 2), (3, 2), (1, 3), (7, 3), (1, 4), (15, 4), (1, 5)):
+            for _ in range(waits):
+                await wait_in_vain(back)
+            assert back.statistics.spins == spins and back.statistics.spins_won == 0
+        for _ in range(31):
+            await wait_in_vain(back)
+        monkeypatch.setattr(shared, "SPIN_NS", int(TIMEOUT * 1e9))
+        sender = threading.Thread(target=publish_to_who_spins, args=(front, back, 6))
+        sender.start()
+        assert await back.aget() == records(0, 1)
+        sender.join(TIMEOUT)
+        assert back.statistics.spins_won == 1
+        elsewhere(back)
+        monkeypatch.setattr(shared, "SPIN_NS", 1)
+        await wait_in_vain(back)
+        assert back.statistics.spins == 7, "luck is believed at once"
+
+
+def publish_to_who_spins(front: SharedRing, back: SharedRing, spins: int) -> None:
+    while back.statistics.spins < spins:
+        pass
+    front.publish(records(0, 1))
+
+
+def check_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(spin_while_it_is_worth_it(monkeypatch))
+
+
+def test_an_end_spins_while_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_spinning(monkeypatch)
+
+
+async def found_at_once() -> None:
+    with both() as (_, back):
+        order: list[str] = []
+
+        async def other() -> None:
+            order.append("other")
+
+        here: Any = back._open_door()
+        here._ask = lambda *arguments: 1
+        task = asyncio.create_task(other())
+        assert await here.wait(1, TIMEOUT, 0) == 1
+        order.append("waiter")
+        await task
+        assert order == ["other", "waiter"]
+
+
+def check_the_loop_has_a_turn() -> None:
+    run(found_at_once())
+
+
+def test_what_is_found_at_once_leaves_the_loop_a_turn() -> None:
+    check_the_loop_has_a_turn()
+
+
 # ---- closing and death
 
 
@@ -373,8 +451,7 @@ def wait_without_a_loop(name: str) -> None:
         assert ring.get(timeout=TIMEOUT / 2) == records(0, 1)
 
 
-def test_who_sleeps_is_woken_whatever_door_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "SPIN_NS", 0)
+def test_who_sleeps_is_woken_whatever_door_was_told() -> None:
     with SharedRing.create(new_name(), SIZE) as ring, process(wait_without_a_loop, ring.name):
         ring.put(records(0, 1))
         ring.drain(TIMEOUT)
@@ -421,14 +498,27 @@ def never_knocks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def knocks_for_nobody(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    told = "atomic_store(&s->control->end[s->side].door, (uint32_t)c->ns);"
-    seed(monkeypatch, folder, Edit("shared.c", told, ""))
+    told = "atomic_store(&s->control->end[s->side].door, door);"
+    seed(monkeypatch, folder, Edit("shared.c", told, "(void)door;"))
     check_each_hop_is_a_knock("async", 100, SOON)
 
 
 def waits_without_asking(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    seed(monkeypatch, folder, Edit("shared.c", "r = c->ns && ask(s, (uint32_t)c->n);", "(void)ask; r = 0;"))
+    seed(monkeypatch, folder, Edit("shared.c", "r = door && ask(s, want);", "(void)ask; r = 0;"))
     check_each_hop_is_a_knock("async", 100, SOON)
+
+
+def spins_always(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    seed(monkeypatch, folder, Edit("shared.c", "    s->wait_out = s->unlucky;\n", ""))
+    check_spinning(monkeypatch)
+
+
+def keeps_the_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    async def at_once(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+    check_the_loop_has_a_turn()
 
 
 def asks_for_the_last_waiter_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -436,7 +526,10 @@ def asks_for_the_last_waiter_only(monkeypatch: pytest.MonkeyPatch, folder: Path)
     check_a_getter_and_a_putter(SOON)
 
 
-@pytest.mark.parametrize("defect", [never_knocks, knocks_for_nobody, waits_without_asking, asks_for_the_last_waiter_only])
+@pytest.mark.parametrize(
+    "defect",
+    [never_knocks, knocks_for_nobody, waits_without_asking, asks_for_the_last_waiter_only, spins_always, keeps_the_loop],
+)
 def test_seeded_defects_are_caught(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, defect: Callable[[pytest.MonkeyPatch, Path], None]
 ) -> None:
