@@ -7,6 +7,7 @@ A handler returns None, a value or a tuple, or is a generator (a continuation) t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import struct
 from array import array
@@ -31,9 +32,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Handler = Callable[["Hypervisor", Domain, Any], Any]
 Table = dict[type[Hypercall[Any]], Handler]
 ENTRY = struct.Struct("<Qq6Q")  # multicall_entry: op, result, six words
-CHUNK = struct.Struct("64s")
-assert ENTRY.size == CHUNK.size == 64
-TURN = 32 * ENTRY.size  # of a list, before others who want something have their turn
+assert ENTRY.size == 64
+TURN = 16 * ENTRY.size  # of a list, before others who want something have their turn
+LONG_TURN = 128 * ENTRY.size  # of a list, before it is asked whether there are any
 MAX_KNOWN = 4096  # entries whose meaning is remembered
 
 
@@ -112,9 +113,10 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
     entries = memoryview(guest_access.copy_in(hv, caller, request.address, request.count * ENTRY.size))
 
     results = array("q")
-    for at in range(0, len(entries), TURN):
-        yield from _run_entries(hv, caller, entries[at : at + TURN], results)
-        if at + TURN < len(entries) and hv.demand.others(caller):
+    while left := entries[len(results) * ENTRY.size :]:
+        wanted = hv.demand.others(caller)
+        yield from _run_entries(hv, caller, left[: TURN if wanted else LONG_TURN], results)
+        if wanted and len(results) < request.count:
             yield hv.loop.turn
         if not caller.alive:
             return
@@ -123,10 +125,16 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
     guest_access.copy_out(hv, caller, request.address, answered)
 
 
+@functools.cache
+def _split(count: int) -> struct.Struct:
+    """`count` entries as byte strings."""
+    return struct.Struct("64s" * count)
+
+
 def _run_entries(hv: Hypervisor, caller: Domain, entries: memoryview, results: array[int]) -> Steps:
     """Each as run_entry has it, with what that costs a call taken out of the loop."""
     add, known = results.append, hv.known[caller.privileged].get
-    for (entry,) in CHUNK.iter_unpack(entries):
+    for entry in _split(len(entries) // ENTRY.size).unpack(entries):
         try:
             handler, call = known(entry) or _decode_entry(hv, caller, entry)
             outcome = handler(hv, caller, call)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 
-from hypervisor._hv import ffi
+from hypervisor._hv import ffi, lib
 from hypervisor.budget import Budget
 from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
@@ -53,6 +53,14 @@ class Process:
             except ProcessLookupError:
                 pass
 
+    def cpu(self) -> int:
+        """The CPU it ran on last (proc(5), stat); -1 where it is gone. Costs some 10 us."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return int(file.read().rpartition(b")")[2].split()[36])
+        except (OSError, ValueError, IndexError):
+            return -1
+
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -89,7 +97,7 @@ class Domain:
         self.busy = False  # a continuation of its runs: its queue is not read
         self.parked = False  # it has overdrawn its budget: likewise
         self.watched = False  # the loop watches its queue
-        self.budget = Budget()
+        self.budget = Budget(self._is_near)
         self.callring: Any = None
         # events
         self.evt: Any = ffi.new("struct evt_end *")
@@ -131,6 +139,10 @@ class Domain:
         if 0 <= pfn < len(self.p2m) and (mfn := self.p2m[pfn]) != NO_FRAME:
             return mfn, va % PAGE_SIZE
         return None
+
+    def _is_near(self) -> bool:
+        """It runs on our CPU."""
+        return self.process is not None and self.process.cpu() == lib.current_cpu()
 
     def dead(self, resume: Resume) -> None:
         """A Wait: until nothing of this domain can touch a frame."""

@@ -55,6 +55,7 @@ int32_t callring_recheck(struct callring *c);
 int32_t callring_spin(struct callring **rings, uint32_t count, uint32_t spins);
 
 void scrub(void *at, uint64_t bytes);
+int32_t current_cpu(void);
 /* cdef end */
 
 #endif

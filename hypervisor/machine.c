@@ -1,6 +1,10 @@
-/* What is done to whole frames. */
+/* What is done to whole frames, and where we run. */
+#define _GNU_SOURCE
 #include "hv.h"
 
+#include <sched.h>
 #include <string.h>
 
 void scrub(void *at, uint64_t bytes) { memset(at, 0, bytes); }
+
+int32_t current_cpu(void) { return sched_getcpu(); }
