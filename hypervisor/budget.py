@@ -43,7 +43,7 @@ class Budget:
         tokens = min(BURST_NS, self._tokens + int((end - self._stamp) * SHARE))
         tokens -= max(0, end - begin + OVERHEAD_NS - free)
         self._tokens, self._stamp = max(tokens, -BURST_NS), end
-        return int(-tokens / SHARE) if tokens < 0 else 0
+        return int(-self._tokens / SHARE) if tokens < 0 else 0
 
 
 class Demand:

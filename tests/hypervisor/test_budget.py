@@ -1,0 +1,82 @@
+"""Who has taken too much of the hypervisor's time, by a clock that the test winds."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hypervisor import budget
+from hypervisor.budget import BURST_NS, FREE_NS, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand
+
+CALL = 5_000  # ns of a short call
+PAUSE = 7_000  # ns until its caller asks again: it slept in between
+
+
+def spend(one: Budget, calls: int, length: int, pause: int, start: int = 10**9) -> tuple[int, int]:
+    """(the time afterwards, how long it has to wait) after so many calls."""
+    now, wait = start, 0
+    for _ in range(calls):
+        wait = one.charge(now, now + length)
+        now += length + pause
+    return now, wait
+
+
+def test_a_neighbour_that_waits_for_short_answers_is_never_charged() -> None:
+    assert spend(Budget(lambda: True), 100_000, CALL, PAUSE)[1] == 0
+
+
+def test_from_another_cpu_every_call_is_charged() -> None:
+    _, wait = spend(Budget(lambda: False), 10_000, CALL, PAUSE)
+    assert wait > 0
+
+
+def test_who_does_not_wait_for_answers_is_charged() -> None:
+    _, wait = spend(Budget(lambda: True), 10_000, CALL, 1_000)
+    assert wait > 0
+
+
+def test_long_calls_are_charged_beyond_what_is_free() -> None:
+    one = Budget(lambda: True)
+    length = 200_000
+    calls = BURST_NS // (length + OVERHEAD_NS - FREE_NS)
+    assert spend(one, calls - 2, length, PAUSE)[1] == 0
+    assert spend(one, 200, length, PAUSE, start=2 * 10**9)[1] > 0
+
+
+def test_it_refills_at_its_share_and_never_beyond_a_burst() -> None:
+    one = Budget(lambda: False)
+    now, wait = spend(one, 2_000, 100_000, 100_000)
+    assert 0 < wait <= BURST_NS / SHARE
+    assert one.charge(now + wait, now + wait + 1) <= (OVERHEAD_NS + 1) / SHARE, "refilled"
+    later = now + 10**12
+    assert one.charge(later, later + BURST_NS + 10**6) > 0, "a long rest saves no more than a burst"
+
+
+def test_a_share_is_what_it_gets() -> None:
+    """Obeying, for ten seconds: it runs when it may, and takes its share and one burst."""
+    one, now, used = Budget(lambda: False), 10**9, 0
+    while now < 11 * 10**9:
+        wait = one.charge(now, now + 50_000)
+        used += 50_000 + OVERHEAD_NS
+        now += 50_000 + max(wait, PAUSE)
+    assert used <= 10**10 * SHARE * 1.05 + BURST_NS
+
+
+def test_without_the_charge_for_haste_a_flooder_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "HASTE_NS", 0)
+    with pytest.raises(AssertionError):
+        test_who_does_not_wait_for_answers_is_charged()
+
+
+def test_somebody_else_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    demand, now = Demand(), 10**9
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    demand.asked("a", now)
+    assert not demand.others("a") and demand.others("b")
+    demand.asked("b", now)
+    demand.asked("a", now)
+    demand.asked("a", now)
+    assert demand.others("a"), "b asked before"
+    now += WANTED_NS
+    assert not demand.others("a") and not demand.others("b"), "nobody has for a while"
