@@ -22,6 +22,7 @@ from dom0.client import Connection, HostError
 P = ParamSpec("P")
 R = TypeVar("R")
 USAGE = 2
+END_OF_INPUT = b"\x04\n"  # ctrl-D, as the prompt of --repl has it
 
 app = typer.Typer(
     name="ring1",
@@ -207,7 +208,7 @@ def run(
     checked = config.to_tree(config.from_tree(tree).resolved(Path.cwd()))
     with Connection() as host:
         domid = str(host.ask("create", tree=checked)["domid"])
-    raise typer.Exit(terminal.run(domid))
+    raise typer.Exit(terminal.run(domid, END_OF_INPUT if repl else b""))
 
 
 def _disk(text: str) -> dict[str, str]:

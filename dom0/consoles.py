@@ -31,22 +31,21 @@ class ConsoleServer:
         self._out = ByteRing(page + abi.IN, page + abi.IN_CONS, page + abi.IN_PROD, abi.IN_BYTES)
         self.history = b""
         self._input = b""
-        self._subscribers: list[Callable[[bytes], None]] = []
+        self._subscribers: dict[Callable[[bytes], None], Callable[[int], None]] = {}
         self.ended = Event()
         self._task = kernel.spawn(self._serve(), name="console")
 
-    def attach(self, subscriber: Callable[[bytes], None]) -> None:
-        """Hand everything printed so far, then what comes, to `subscriber`."""
+    def attach(self, subscriber: Callable[[bytes], None], took: Callable[[int], None]) -> None:
+        """Hand everything printed so far, then what comes, to `subscriber`; to `took`, how many keys left for the guest."""
         if self.history:
             subscriber(self.history)
-        self._subscribers.append(subscriber)
+        self._subscribers[subscriber] = took
 
     def detach(self, subscriber: Callable[[bytes], None]) -> None:
-        if subscriber in self._subscribers:
-            self._subscribers.remove(subscriber)
+        self._subscribers.pop(subscriber, None)
 
     def type(self, data: bytes) -> None:
-        """Keys for the guest; what it does not read is dropped past INPUT_BYTES."""
+        """Keys for the guest; of what it does not read the oldest are dropped past INPUT_BYTES."""
         self._input = (self._input + data)[-INPUT_BYTES:]
         self._push()
 
@@ -90,6 +89,8 @@ class ConsoleServer:
         self._input = self._input[n:]
         if n:
             self._kernel.evtchn.send(self._port)
+            for took in list(self._subscribers.values()):
+                took(n)
 
     def _write_log(self, data: bytes) -> None:
         if self._log.exists() and self._log.stat().st_size + len(data) > FILE_BYTES:

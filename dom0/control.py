@@ -2,7 +2,8 @@
 
     {"do": verb, argument: value, ...}  ->  {"ok": result}  or  {"error": sentence, "exit": code}
 
-`console` answers {"ok": None} and then carries {"data": bytes} both ways, until {"end": exit code or None, "reason": ..}.
+`console` answers {"ok": None} and then carries {"data": bytes} both ways, until {"end": exit code, "reason": ..}. What was
+typed waits for the guest, up to 4096 bytes (the oldest are dropped past that); {"took": n} says that n of them left.
 The socket lies in the state directory (0700) and asks SO_PEERCRED: our uid or root, nobody else.
 """
 
@@ -155,7 +156,10 @@ class ControlServer:
         def show(data: bytes) -> None:
             client.send({"data": data})
 
-        guest.console.attach(show)
+        def took(count: int) -> None:
+            client.send({"took": count})
+
+        guest.console.attach(show, took)
         watcher = self._kernel.spawn(self._say_end(client, guest), name="console end")
         while (message := await client.receive()) is not None and isinstance(data := message.get("data"), bytes):
             guest.console.type(data)

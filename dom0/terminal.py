@@ -18,6 +18,7 @@ from dom0.client import Connection, HostError
 
 CTRL_BRACKET = b"\x1d"
 SIGNALLED = 128
+INPUT_BYTES = 4096  # that wait for a guest: dom0/consoles.py keeps no more
 
 
 class Ended(NamedTuple):
@@ -27,18 +28,21 @@ class Ended(NamedTuple):
     over: bool
 
 
-def attach(domain: str) -> Ended:
-    """Until the domain ends or the user leaves. Raises HostError."""
+def attach(domain: str, farewell: bytes = b"") -> Ended:
+    """Until the domain ends or the user leaves. `farewell` is typed where the input is no terminal and ends.
+
+    Raises HostError.
+    """
     with Connection() as host:
         host.ask("console", name=domain)
         with _end_of_file_is_ctrl_bracket():
-            return _carry(host)
+            return _carry(host, farewell)
 
 
-def run(domid: str) -> int:
+def run(domid: str, farewell: bytes = b"") -> int:
     """As attach, but the domain does not outlive us; its exit code."""
     try:
-        ended = attach(domid)
+        ended = attach(domid, farewell)
     except KeyboardInterrupt:
         ended = Ended(SIGNALLED + 2, over=False)
     if not ended.over:
@@ -50,26 +54,31 @@ def run(domid: str) -> int:
     return ended.exit_code
 
 
-def _carry(host: Connection) -> Ended:
-    sources: list[Any] = [host, 0]
+def _carry(host: Connection, farewell: bytes) -> Ended:
+    """Keys are typed no faster than the guest reads, so that none of a file is lost; on a terminal its user sees to that."""
+    terminal, typing, room = os.isatty(0), True, INPUT_BYTES
     while True:
         for message in host.ready():
             if "data" in message:
                 sys.stdout.buffer.write(message["data"])
                 sys.stdout.buffer.flush()
+            elif "took" in message:
+                room = min(INPUT_BYTES, room + message["took"])
             elif "end" in message:
                 return _end(message["end"], message["reason"])
+        listening = typing and (terminal or room > len(farewell))
+        sources: list[Any] = [host, 0] if listening else [host]
         ready, _, _ = select.select(sources, [], [])
         if host in ready and not host.feed():
             raise HostError("the host ended", exit_code=3)
         if 0 in ready:
-            typed = os.read(0, 4096)
-            if typed:
-                host.send({"data": typed})
-            elif os.isatty(0):
+            typed = os.read(0, INPUT_BYTES if terminal else room - len(farewell))
+            if not typed and terminal:
                 return Ended(0, over=False)
-            else:
-                sources.remove(0)
+            typing = bool(typed)
+            if keys := typed or farewell:
+                host.send({"data": keys})
+                room -= len(keys)
 
 
 def _end(code: int, reason: str) -> Ended:

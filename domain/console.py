@@ -14,7 +14,7 @@ from ringlib.ring import Broken
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
-BACKLOG = 64 << 10  # bytes kept while nobody reads; older ones are dropped
+BACKLOG = 64 << 10  # bytes kept while nobody reads: printed, older ones are dropped; typed, no more are taken
 
 
 class Console:
@@ -46,15 +46,17 @@ class Console:
             self._arrived.clear()
             await self._arrived.wait()
         data, self._input = self._input, b""
+        self._take()
         return data
 
     async def readline(self) -> str:
-        """A line, with its newline."""
-        while b"\n" not in self._input:
+        """A line, with its newline; one that is longer than BACKLOG is cut there."""
+        while b"\n" not in self._input and len(self._input) < BACKLOG:
             self._arrived.clear()
             await self._arrived.wait()
-        line, self._input = self._input.split(b"\n", 1)
-        return line.decode(errors="replace") + "\n"
+        line, newline, self._input = self._input.partition(b"\n")
+        self._take()
+        return (line + newline).decode(errors="replace")
 
     async def drained(self) -> None:
         """Until dom0 has taken everything that was written: what is in the ring when we end is lost."""
@@ -81,14 +83,18 @@ class Console:
         while True:
             await self._kernel.evtchn.wait(self._port)
             self._push()
-            try:
-                data = self._in.read()
-            except Broken:
-                return
-            if data:
-                self._input = (self._input + data)[-BACKLOG:]
-                self._kernel.evtchn.send(self._port)
-                self._arrived.set()
+            self._take()
+
+    def _take(self) -> None:
+        """What was typed, unless enough of it waits already: the rest stays in the ring, and dom0 sees no room."""
+        try:
+            data = self._in.read() if len(self._input) < BACKLOG else b""
+        except Broken:
+            return  # dom0 broke it: nothing more is read
+        if data:
+            self._input += data
+            self._kernel.evtchn.send(self._port)
+            self._arrived.set()
 
 
 class _Stream(io.TextIOBase):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
+CTRL_D = "\x04"
+
 
 class Prompt(code.InteractiveInterpreter):
     """Compiles what was typed; `run` runs it."""
@@ -43,10 +45,14 @@ class Prompt(code.InteractiveInterpreter):
 
 async def main(kernel: Kernel) -> None:
     prompt, lines = Prompt(kernel), list[str]()
-    print(f"Python {sys.version.split()[0]} in domain {kernel.domid}, locked. `kernel` is yours; exit() ends it.")
+    print(f"Python {sys.version.split()[0]} in domain {kernel.domid}, locked. `kernel` is yours; exit() or ctrl-D ends it.")
     while True:
         kernel.console.write("... " if lines else ">>> ")
-        lines.append((await kernel.console.readline()).rstrip("\r\n"))
+        line = (await kernel.console.readline()).rstrip("\r\n")
+        over = line.endswith(CTRL_D)
+        lines.append(line.removesuffix(CTRL_D) + "\n" * over)  # the end of the input ends a block too
         if not prompt.runsource("\n".join(lines), "<console>"):
             lines = []
             await prompt.run()
+        if over:
+            return
