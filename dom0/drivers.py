@@ -63,7 +63,7 @@ class Drivers:
         self._live[name] = driver = DriverDomain(guest, ours)
         driver.watcher = self._kernel.spawn(self._watch_errors(driver), name=f"{name} errors")
         if name == "netback":
-            await self._kernel.store.write(f"/local/domain/{guest.domid}/data/firewall", self.firewall)
+            await self._kernel.store.write_long(f"/local/domain/{guest.domid}/data/firewall", self.firewall)
         self._kernel.call(UnpauseDomain(guest.domid))
 
     async def _ready(self, driver: DriverDomain) -> None:
@@ -142,7 +142,7 @@ class Drivers:
         await store.rm(f"{data}/firewall-error")
         watch = await store.watch(f"{data}/firewall-error")
         try:
-            await store.write(f"{data}/firewall", text)
+            await store.write_long(f"{data}/firewall", text)
             while "firewall-error" not in await store.ls(data):
                 await watch.next()
             error = await store.get(f"{data}/firewall-error")
@@ -160,8 +160,8 @@ class Drivers:
         try:
             await store.write(f"{data}/firewall-ask", serial)
             while True:
-                asked, *counts = (await store.get(f"{data}/firewall-hits")).split() or [""]
-                if asked == serial:
+                asked, *counts = (await store.read_long(f"{data}/firewall-hits") or "0").split()
+                if int(asked) >= int(serial):
                     break
                 await watch.next()
         finally:

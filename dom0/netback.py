@@ -220,7 +220,9 @@ async def _follow_rules(kernel: Kernel, switch: Switch) -> None:
     watch = await kernel.store.watch(f"{base}/firewall")
     while True:
         await watch.next()
-        text = await kernel.store.get(f"{base}/firewall")
+        text = await kernel.store.read_long(f"{base}/firewall")
+        if text is None:
+            continue
         try:
             switch.set_policy(firewall.parse(text, lib.SWITCH_RULES))
             await kernel.store.write(f"{base}/firewall-error", "")
@@ -234,11 +236,11 @@ async def _report_hits(kernel: Kernel, switch: Switch) -> None:
     watch = await kernel.store.watch(f"{base}/firewall-ask")
     while True:
         await watch.next()
+        ask = await kernel.store.get(f"{base}/firewall-ask", "0")  # before what it is answered with
         c = switch.c
         counts = [c.rules[i].hits for i in range(c.nr_rules)]
         rest = [c.default_hits, c.spoofed, c.unknown_destination, c.no_buffer, c.malformed]
-        ask = await kernel.store.get(f"{base}/firewall-ask", "0")
-        await kernel.store.write(f"{base}/firewall-hits", " ".join(map(str, [ask, *rest, *counts[:200]])))
+        await kernel.store.write_long(f"{base}/firewall-hits", " ".join(map(str, [ask, *rest, *counts])))
 
 
 async def main(kernel: Kernel) -> None:

@@ -7,6 +7,8 @@ its own tree. Errors: StoreError carries the errno's name ("ENOENT"); StoreConfl
 from __future__ import annotations
 
 import itertools
+import re
+import zlib
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,9 @@ from ringlib.ring import Broken
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
+
+
+PIECE = 500  # characters of a long text in one value: at most 2000 bytes
 
 
 class StoreError(Exception):
@@ -102,6 +107,22 @@ class StoreClient:
             if error.name != "ENOENT":
                 raise
             return []
+
+    async def write_long(self, path: str, text: str) -> None:
+        """A text of any length: in nodes beside `path`, which itself is written last and says how many, and the sum."""
+        pieces = [text[at : at + PIECE] for at in range(0, len(text), PIECE)]
+        _, before = _head(await self.get(path))
+        for i, piece in enumerate(pieces):
+            await self.write(f"{path}.{i}", piece)
+        for i in range(len(pieces), before):
+            await self.rm(f"{path}.{i}")
+        await self.write(path, f"{zlib.crc32(text.encode())} {len(pieces)}")
+
+    async def read_long(self, path: str) -> str | None:
+        """What write_long wrote, "" where nothing is; None where another text is just being written, and a watch will tell."""
+        total, count = _head(await self.get(path))
+        text = "".join([await self.get(f"{path}.{i}") for i in range(count)])
+        return text if zlib.crc32(text.encode()) == total else None
 
     async def set_perms(self, path: str, perms: list[str], tx: int = 0) -> None:
         """For example ["n5", "r0"]: owner 5, nothing for others, read for dom0."""
@@ -224,6 +245,12 @@ class Store(StoreClient):
                 self._event(path.decode("ascii", "replace"), token.decode("ascii", "replace"))
             elif req_id in self._replies:
                 self._replies[req_id].put((kind, payload))
+
+
+def _head(text: str) -> tuple[int, int]:
+    """(sum, pieces) of a long text's own node."""
+    match = re.fullmatch(r"([0-9]{1,10}) ([0-9]{1,5})", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _z(text: str) -> bytes:
