@@ -17,6 +17,8 @@ from hypervisor.public.types import DOMID_SELF, PAGE_SIZE
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
+REASON_CHARS = 400  # in the list, which is no message: a crash's whole sentence
+
 
 def _answer(hv: Hypervisor, caller: Domain, call: Any, data: bytes) -> int:
     if len(data) > call.size:
@@ -49,7 +51,7 @@ def frame_counts(hv: Hypervisor) -> dict[str, int]:
 
 @hypercall(abi.GetDomainInfoList)
 def info_list(hv: Hypervisor, caller: Domain, call: abi.GetDomainInfoList) -> int:
-    rows = [list(domctl.info(hv, d)) for _, d in sorted(hv.domains.items())]
+    rows = [list(domctl.info(hv, d)._replace(reason=d.reason[:REASON_CHARS])) for _, d in sorted(hv.domains.items())]
     return _answer(hv, caller, call, msgpack.packb(rows))
 
 

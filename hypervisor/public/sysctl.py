@@ -23,7 +23,10 @@ class PhysInfo(Hypercall[int]):
 
 
 class GetDomainInfoList(Hypercall[int]):
-    """msgpack list of DomainInfo lists, by domid, the dead ones too. Returns the length. Raises TooBig, BadAddress."""
+    """msgpack list of DomainInfo lists, by domid, the dead ones too, reasons in full. Returns the length.
+
+    Raises TooBig, BadAddress.
+    """
 
     OP, CMD, PRIVILEGED = OP_SYSCTL, 6, True
     address: U64
