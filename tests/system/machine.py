@@ -129,7 +129,7 @@ class Guest:
             if "end" in message:
                 self._console.close()
                 raise AssertionError(f"{self.name} ended: {message['reason']}; it printed {self.printed!r}")
-            self._text += message["data"]
+            self._text += message.get("data", b"")
 
     def do(self, code: str) -> Any:
         self.begin(code)
