@@ -1,7 +1,8 @@
-"""SharedRing between two processes (rows a1 to a4), against tight C between the same two, and against other ways.
+"""SharedRing between two processes (rows a1 to a6), against tight C between the same two, and against other ways.
 
 a1 records of 64 bytes in batches; a2 one Python call a record; a3 payload of 4 and 64 KiB left in place, records saying
-where; a4 round trips, with both ends in C, both in Python, asleep, and with a third process on one of the CPUs.
+where; a4 round trips, with both ends in C, both in Python, asleep; a5 with a third process on one of the CPUs; a6 between
+two event loops of asyncio.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from scripts.benchmarks.trips import (
     ring_trip,
     with_hog,
 )
+from scripts.benchmarks.trips_asyncio import async_ring_trip, loop_trip, stream_trip, threaded_ring_trip
+
+SLICE_US = 4_000.0  # what a poller that yields loses, each time it does, to a process that wants its CPU
+TRIP = "us, median"
 
 
 def peers(measure: Callable[[Kind], float], **more: Measure) -> dict[str, Measure | Absent]:
@@ -48,16 +53,15 @@ def peers(measure: Callable[[Kind], float], **more: Measure) -> dict[str, Measur
 
 def rows(quick: bool) -> list[Row]:
     seconds = 0.05 if quick else 0.1
-    trips_c = 2_000 if quick else 10_000
-    sleeps = 300 if quick else 1_000
     limit()  # built before anything is measured
+    return [*copied(seconds), *in_place(seconds), *round_trips(seconds, quick), *hogged(seconds), *event_loops(seconds)]
 
-    def rate(record: int) -> Callable[[Kind], float]:
-        return lambda kind: channel_rate(kind, record, 1, seconds)
 
-    def trip(summary: Summary = median_us) -> Callable[[Kind], float]:
-        return lambda kind: channel_trip(kind, seconds, summary)
+def rate(record: int, seconds: float) -> Callable[[Kind], float]:
+    return lambda kind: channel_rate(kind, record, 1, seconds)
 
+
+def copied(seconds: float) -> list[Row]:
     return [
         Row(
             "a1",
@@ -67,8 +71,9 @@ def rows(quick: bool) -> list[Row]:
             partial(ring_rate, BATCH, False, seconds),
             partial(tight_rate, seconds),
             "tight C ring, copies in and out",
-            peers(rate(RECORD), **{f"os.pipe, {BATCH} a call": partial(channel_rate, Pipe, RECORD, BATCH, seconds)}),
+            peers(rate(RECORD, seconds), **{f"os.pipe, {BATCH} a call": partial(channel_rate, Pipe, RECORD, BATCH, seconds)}),
             gate=0.4,
+            peer_gates={"os.pipe": 10, "multiprocessing.Queue": 50, "membridge": 6},
         ),
         Row(
             "a2",
@@ -78,9 +83,15 @@ def rows(quick: bool) -> list[Row]:
             partial(ring_rate, 1, True, seconds),
             partial(bare_rate, seconds),
             "tight C ring, one cffi call a record",
-            peers(rate(RECORD)),
+            peers(rate(RECORD, seconds)),
             gate=0.4,
+            peer_gates={"membridge": 0.5},
         ),
+    ]
+
+
+def in_place(seconds: float) -> list[Row]:
+    return [
         *(
             Row(
                 f"a3-{size >> 10}k",
@@ -90,7 +101,7 @@ def rows(quick: bool) -> list[Row]:
                 partial(place_rate, size, payloads(size), True, seconds),
                 partial(tight_place_rate, size, seconds),
                 "tight C loop in place",
-                peers(rate(size)),
+                peers(rate(size, seconds)),
                 gate=0.7,
             )
             for size in (4 << 10, 64 << 10)
@@ -105,20 +116,27 @@ def rows(quick: bool) -> list[Row]:
             "the same with 64 B payloads",
             gate=0.7,
         ),
+    ]
+
+
+def round_trips(seconds: float, quick: bool) -> list[Row]:
+    many, sleeps = (2_000, 300) if quick else (10_000, 1_000)
+    spinning = partial(c_trip, "tight_ping", "tight_pong", many)
+    return [
         Row(
             "a4-c",
             "round trip, C ends, awake",
-            "us, median",
+            TRIP,
             "less",
-            partial(c_ring_trip, SPIN_NS, trips_c),
-            partial(c_trip, "tight_ping", "tight_pong", trips_c),
+            partial(c_ring_trip, SPIN_NS, many),
+            spinning,
             "tight C ring, spinning",
             gate=2.0,
         ),
         Row(
             "a4-c-asleep",
             "round trip, C ends, asleep",
-            "us, median",
+            TRIP,
             "less",
             partial(c_ring_trip, 0, sleeps),
             partial(c_trip, "futex_ping", "futex_pong", sleeps),
@@ -128,22 +146,86 @@ def rows(quick: bool) -> list[Row]:
         Row(
             "a4-python",
             "round trip, Python ends",
-            "us, median",
+            TRIP,
             "less",
             partial(ring_trip, seconds),
-            partial(c_trip, "tight_ping", "tight_pong", trips_c),
+            spinning,
             "tight C ring, spinning",
-            peers(trip()),
+            peers(lambda kind: channel_trip(kind, seconds)),
+            peer_gates={"membridge": 1.5},
+        ),
+    ]
+
+
+def hogged(seconds: float) -> list[Row]:
+    """Python ends, one of them on the CPU of a process that computes all the time."""
+
+    def ours(summary: Summary) -> Measure:
+        return partial(with_hog, partial(ring_trip, seconds, summary))
+
+    def theirs(summary: Summary) -> Callable[[Kind], float]:
+        return lambda kind: with_hog(partial(channel_trip, kind, seconds, summary))
+
+    idle = "the same without the hog"
+    return [
+        Row(
+            "a5-p50",
+            "round trip beside a hog",
+            TRIP,
+            "less",
+            ours(median_us),
+            partial(ring_trip, seconds, median_us),
+            idle,
+            peers(theirs(median_us)),
+            gate=3.0,
         ),
         Row(
-            "a4-hog",
-            "round trip, Python ends, a hog on one CPU",
+            "a5-mean",
+            "round trip beside a hog",
             "us, mean",
             "less",
-            partial(with_hog, partial(ring_trip, seconds, mean_us)),
+            ours(mean_us),
             partial(ring_trip, seconds, mean_us),
-            "the same without the hog",
-            peers(lambda kind: with_hog(partial(channel_trip, kind, seconds, mean_us))),
+            idle,
+            peers(theirs(mean_us)),
             gate=4.0,
+        ),
+        Row(
+            "a5-collapse",
+            "round trip beside a hog",
+            "us, mean",
+            "less",
+            ours(mean_us),
+            lambda: SLICE_US,
+            "a slice of the scheduler's, lost a trip",
+            gate=0.1,
+        ),
+    ]
+
+
+def event_loops(seconds: float) -> list[Row]:
+    bare = "two bare event loops, an eventfd each"
+    return [
+        Row(
+            "a6",
+            "round trip, asyncio ends, awake",
+            TRIP,
+            "less",
+            partial(async_ring_trip, seconds),
+            partial(loop_trip, seconds),
+            bare,
+            {"get in a thread": partial(threaded_ring_trip, seconds), "asyncio streams": partial(stream_trip, seconds)},
+            gate=0.5,
+        ),
+        Row(
+            "a6-asleep",
+            "round trip, asyncio ends, asleep",
+            TRIP,
+            "less",
+            partial(async_ring_trip, seconds, asleep=True),
+            partial(loop_trip, seconds),
+            bare,
+            {"get in a thread": partial(threaded_ring_trip, seconds, asleep=True)},
+            gate=1.6,
         ),
     ]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from scripts.benchmarks import harness
 from scripts.benchmarks.harness import Failed, Row, pair, report, run, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KEYS = "id what unit better ours limit limit_is peer peer_value ratio_limit ratio_peer spread gate absolute holds peers".split()
+KEYS = ("id what unit better ours limit limit_is peer "
+    "peer_value ratio_limit ratio_peer spread gate absolute gate_holds holds peers").split()
 
 
 def never() -> float:
@@ -33,10 +35,28 @@ def test_the_median_of_ratios_is_not_the_ratio_of_medians() -> None:
     assert (got["ours"], got["limit"], got["ratio_limit"]) == (10.0, 10.0, 0.5)
     assert (got["peer"], got["peer_value"], got["ratio_peer"]) == ("two", 5.0, 2.0)
     assert got["holds"] is True
-    assert got["peers"][2] == {"peer": "three", "absent": "absent"}
+    assert got["peers"][2] == {"peer": "three", "absent": "absent", "gate": None, "holds": None}
     assert report(row("less", 0.4), values)["holds"] is False
     assert report(row("less"), values)["peer"] == "one"
     assert report(row("less"), values)["holds"] is None
+
+
+def test_peers_have_gates_of_their_own() -> None:
+    values = {"ours": [10.0], "limit": [20.0], "one": [2.0], "two": [5.0]}
+
+    def judged(gate: float | None, **gates: float) -> tuple[bool | None, bool | None, list[bool | None]]:
+        got = report(replace(row("more", gate), peer_gates=gates), values)
+        assert "nan" not in table([got])
+        return got["holds"], got["gate_holds"], [peer["holds"] for peer in got["peers"]]
+
+    assert judged(0.5) == (True, True, [None, None, None])
+    assert judged(0.5, one=5, two=2) == (True, True, [True, True, None])
+    assert judged(0.5, one=6) == (False, True, [False, None, None])
+    assert judged(None, two=3) == (False, None, [None, False, None])
+    assert judged(0.6, two=2) == (False, False, [None, True, None])
+    assert judged(None, three=1) == (None, None, [None, None, None]), "one that is absent proves nothing"
+    missed = table([report(replace(row("less"), peer_gates={"one": 2, "two": 1}), values)])
+    assert missed.count("GATE MISSED") == 2 and "2 x peer" in missed
 
 
 def test_spread() -> None:
@@ -85,7 +105,7 @@ def test_rings_as_one_document() -> None:
     document = json.loads(done.stdout)
     assert document["benchmark"] == "rings" and document["quick"] is True and document["rounds"] == 1
     ids = [row["id"] for row in document["rows"]]
-    assert {ident.split("-")[0] for ident in ids} == {"a1", "a2", "a3", "a4"} and len(set(ids)) == len(ids)
+    assert {ident.split("-")[0] for ident in ids} == {"a1", "a2", "a3", "a4", "a5", "a6"} and len(set(ids)) == len(ids)
     for row in document["rows"]:
         assert list(row) == KEYS
         assert row["ours"] > 0 and row["limit"] > 0
