@@ -8,6 +8,7 @@
 #include "ring.h"
 
 #define PAGE 4096u
+#define UDP_HEAD 42u /* Ethernet, IPv4, UDP */
 
 struct tx_request {
     uint32_t gref;
@@ -116,8 +117,9 @@ static void finish_udp(uint8_t *f, uint32_t size)
     }
 }
 
-/* Send `count` frames: with head_size 0 each is lengths[i] bytes of data; with 42 each is that UDP header and then
- * lengths[i] bytes of data. What fits is sent: *sent says how many. 1: notify, 0, -EPROTO, -EINVAL. */
+/* Send `count` frames: with head_size 0 each is lengths[i] bytes of data; with UDP_HEAD each is that header, whose lengths and
+ * checksums are filled in, and then lengths[i] bytes of data. What fits is sent: *sent says how many. 1: notify, 0, -EPROTO;
+ * -EINVAL: another head, or a frame that is too long or too short, and nothing was sent. */
 int32_t net_send(struct netfront *n, const void *head, uint32_t head_size, const void *data, const uint32_t *lengths,
                  uint32_t count, uint32_t *sent)
 {
@@ -132,8 +134,10 @@ int32_t net_send(struct netfront *n, const void *head, uint32_t head_size, const
     room = room < n->nr_tx_free ? room : n->nr_tx_free;
     if (count > room)
         count = room;
+    if (head_size && head_size != UDP_HEAD)
+        return -EINVAL;
     for (k = 0; k < count; k++)
-        if (head_size + lengths[k] < 14 || head_size > 42 || lengths[k] > NET_FRAME || head_size + lengths[k] > NET_FRAME)
+        if (lengths[k] > NET_FRAME - head_size || head_size + lengths[k] < 14)
             return -EINVAL;
     for (k = 0; k < count; k++) {
         uint16_t id = n->tx_free[--n->nr_tx_free];
@@ -172,6 +176,7 @@ int32_t net_recv(struct netfront *n, void *out, uint32_t *lengths, uint32_t max,
 
         if (r->id >= NET_RING || !n->rx_posted[r->id] || (r->status > 0 && (uint32_t)r->offset + (uint32_t)r->status > PAGE)) {
             n->broken = 1;
+            *received = 0; /* a broken device gave nothing */
             return -EPROTO;
         }
         n->rx_posted[r->id] = 0;

@@ -176,7 +176,7 @@ class NetDevice(Device):
     def _check(self, result: int) -> None:
         """Raises NetError; a violated ring closes the device first."""
         if result == -errno.EINVAL:
-            raise NetError(f"a frame is 14 to {lib.NET_FRAME} bytes")
+            raise NetError(f"a frame is 14 to {lib.NET_FRAME} bytes, a header in front of it 42")
         if result < 0 and not self.error:
             self.error = "the network backend violated its ring"
             self.kernel.spawn(self.fail(self.error), name=f"netfront {self.name}")
