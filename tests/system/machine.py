@@ -92,6 +92,10 @@ class Ended(NamedTuple):
     reason: str
 
 
+class Silent(AssertionError):
+    """A puppet did not answer in time."""
+
+
 class Refused(Exception):
     """What a puppet's code raised: its class and message."""
 
@@ -125,7 +129,8 @@ class Guest:
                     return value
                 self.printed += line.decode(errors="replace") + "\n"
             message = next(self._console.messages(), None)
-            assert message is not None, f"{self.name} says nothing; it printed {self.printed!r}"
+            if message is None:
+                raise Silent(f"{self.name} says nothing; it printed {self.printed!r}")
             if "end" in message:
                 self._console.close()
                 raise AssertionError(f"{self.name} ended: {message['reason']}; it printed {self.printed!r}")
@@ -138,9 +143,13 @@ class Guest:
     def speaks(self, code: str, seconds: float) -> bool:
         """Whether it answers in time."""
         self.begin(code)
-        if not select.select([self._console], [], [], seconds)[0]:
+        self._console._sock.settimeout(seconds)
+        try:
+            self.answer()
+        except Silent:
             return False
-        self.answer()
+        finally:
+            self._console._sock.settimeout(TIMEOUT)
         return True
 
     def type(self, keys: bytes) -> None:

@@ -103,7 +103,7 @@ def test_lists_of_calls(eve: Guest) -> None:
 def test_a_flood_without_reading_the_replies(eve: Guest, bob: Guest) -> None:
     """Her replies are lost, and only hers: the hypervisor waits for no reader."""
     lost = eve.do("""
-        for i in range(20000):
+        for i in range(5000):
             trap(msgpack.packb([17, i, 0]), replies=0)
         resync()
         return take(wait=False)

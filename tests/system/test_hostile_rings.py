@@ -255,18 +255,17 @@ def answers_during_a_flood(eve: Guest, bob: Guest) -> int:
     eve.begin(f"""
         request = {READ_DATA!r}
         out, replies, port = kernel.store._out, kernel.store._in, kernel.store._port
-        buffer, sent = request * 80, 0
+        buffer, sent, looks = request * 80, 0, 0
         while True:
-            n = out.write(buffer[sent % len(request):][:1000])
-            sent += n
-            if n:
-                kernel.call(evtchn.EvtchnSend(port))
+            sent += out.write(buffer[sent % len(request):][:1000])
             replies.read()
+            looks += 1
+            if looks % 256 == 1:  # whoever empties the ring as long as it is full needs no more
+                kernel.call(evtchn.EvtchnSend(port))
     """)
-    assert bob.do("return 1") == 1
     end, answers = time.monotonic() + 0.5, 0
-    while time.monotonic() < end:
-        answers += bob.do("return 1")
+    while time.monotonic() < end and bob.speaks("return 1", 0.5):
+        answers += 1
     return answers
 
 
@@ -276,6 +275,8 @@ def test_a_flood_of_store_requests_leaves_dom0_time_for_others(eve: Guest, bob: 
 
 
 def test_a_dom0_that_empties_one_ring_first_is_found_out() -> None:
-    """Seed: it reads on in a domain's store ring as long as there is something in it."""
+    """Seed: it reads on in a domain's store ring as long as something comes."""
     with machine(seed="greedy_store") as host:
         assert answers_during_a_flood(host.guest("eve"), host.guest("bob")) < 50
+        host.hypervisor.kill()
+        assert host.hypervisor.ended()
