@@ -13,7 +13,7 @@ import msgpack
 
 from dom0 import vbd as table
 from dom0._blk import ffi, lib
-from domain.backend import Statistics, serve_nodes
+from domain.backend import MAX_KEPT, Statistics, serve_nodes
 from domain.grant import GrantError, Mapping
 from domain.sched import Event
 from domain.xenbus import BACKEND, Device, DeviceError
@@ -71,6 +71,7 @@ class BlockBackend(Device):
         self._vbd.fd, self._vbd.handle = fd, vdev & 0xFFFF
         self._missing: Any = ffi.new("uint32_t[]", 32 * 11)
         self._mappings: list[Mapping] = []
+        self._kept = 0  # grants of the pool that are mapped
         self._port = 0
         self._task: Any = None
 
@@ -111,7 +112,7 @@ class BlockBackend(Device):
             self._port = 0
         for mapping in self._mappings:
             self.kernel.grants.unmap(mapping)
-        self._mappings = []
+        self._mappings, self._kept = [], 0
         if self._row >= 0:
             self._vbd.stats = ffi.NULL
             self._stats.close(self._row)
@@ -156,9 +157,12 @@ class BlockBackend(Device):
             pass  # the frontend is gone; its state will say so
 
     def _map_missing(self) -> None:
-        """Map the grants that this batch names for the first time; a refused one stays refused, its requests fail."""
+        """Map the grants that this batch names for the first time; a refused one stays refused, its requests fail.
+
+        So do those past MAX_KEPT: what is mapped for one is not there for others.
+        """
         n = lib.blk_missing(self._vbd, self._missing, 32 * 11)
-        grefs = [self._missing[i] for i in range(n)]
+        grefs = [self._missing[i] for i in range(min(n, MAX_KEPT - self._kept))]
         if not grefs:
             return
         try:
@@ -173,6 +177,7 @@ class BlockBackend(Device):
     def _keep(self, grefs: list[int]) -> None:
         mapping = self.kernel.grants.map(self.otherend_id, grefs)
         self._mappings.append(mapping)
+        self._kept += len(grefs)
         for i, gref in enumerate(grefs):
             self._vbd.address[gref] = mapping.address + i * PAGE_SIZE
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dom0 import firewall
 from dom0._net import ffi, lib
-from domain.backend import Statistics, serve_nodes
+from domain.backend import MAX_KEPT, Statistics, serve_nodes
 from domain.grant import GrantError, Mapping
 from domain.sched import Event
 from domain.xenbus import BACKEND, Device, DeviceError
@@ -126,6 +126,7 @@ class NetBackend(Device):
         super().__init__(switch.kernel, path, otherend, domid)
         self._switch, self.handle = switch, handle
         self._mappings: list[Mapping] = []
+        self._kept = 0  # grants of the pools that are mapped
         self._slot = self._row = -1
         self._port = 0
         self._task: Any = None
@@ -172,7 +173,7 @@ class NetBackend(Device):
             self._port = 0
         for mapping in self._mappings:
             self.kernel.grants.unmap(mapping)
-        self._mappings = []
+        self._mappings, self._kept = [], 0
         if self._row >= 0:
             self._switch.stats.close(self._row)
             self._row = -1
@@ -193,12 +194,12 @@ class NetBackend(Device):
     def map_missing(self, scratch: Any) -> None:
         """Map grants that are named for the first time: frames to send read-only, buffers writable.
 
-        A refused one stays refused, its frames fail.
+        A refused one stays refused, its frames fail; so do those past MAX_KEPT, as in blkback.
         """
         vif = self._switch.vif(self._slot)
         for buffers, table in ((0, vif.readable), (1, vif.writable)):
             n = lib.vif_missing(vif, buffers, scratch, lib.SWITCH_RING)
-            grefs = [scratch[i] for i in range(n)]
+            grefs = [scratch[i] for i in range(min(n, MAX_KEPT - self._kept))]
             if grefs and not self._keep(table, grefs, readonly=not buffers):
                 for gref in grefs:
                     self._keep(table, [gref], readonly=not buffers)
@@ -209,6 +210,7 @@ class NetBackend(Device):
         except (GrantError, XenError):
             return False
         self._mappings.append(mapping)
+        self._kept += len(grefs)
         for i, gref in enumerate(grefs):
             table[gref] = mapping.address + i * PAGE_SIZE
         return True

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from domain.kernel import Kernel
 
 DOM0 = 0
+MAX_KEPT = 1056  # grants that a backend keeps mapped for one device, as Xen's: a disk's ring needs 352, a vif's two 512
 
 
 class Statistics:

@@ -18,6 +18,7 @@ from hypervisor.domain import NO_FRAME, Domain
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import grant as abi
+from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid, TooBig
 from hypervisor.public.grant import COPY, MAP_REF, TRANSFER, UNMAP_REF, GrantStatus, MapFlags
 from hypervisor.public.layout import GRANT_BASE, GRANT_ENTRIES, GRANT_FRAMES, GRANT_PFN, HYPERVISOR_VIRT_START
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 FOREIGN = -1  # the "reference" of a mapping the builder made
+DRIVER_MAPTRACK = 5 * MAX_MAPTRACK  # a driver domain serves 64 devices, whose pools have up to 512 frames each
 MAX_HANDLE = 0xFFFFFFFF  # 0 is none; a patient guest comes round
 
 
@@ -178,7 +180,7 @@ def _claim(hv: Hypervisor, caller: Domain, va: int, flags: int, ref: int, dom: i
         raise _Refusal(GrantStatus.BAD_VIRT_ADDR)
     if ref >= GRANT_ENTRIES:
         raise _Refusal(GrantStatus.BAD_GNTREF)
-    if len(caller.maptrack) >= MAX_MAPTRACK:
+    if len(caller.maptrack) >= (DRIVER_MAPTRACK if caller.flags & CreateFlags.DRIVER else MAX_MAPTRACK):
         raise _Refusal(GrantStatus.NO_DEVICE_SPACE)
     writable = not flags & MapFlags.READONLY
     frame = ffi.new("uint32_t *")
