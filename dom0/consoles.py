@@ -29,6 +29,7 @@ class ConsoleServer:
         self._kernel, self._port, self._log, self._report = kernel, port, log, report
         self._in = ByteRing(page + abi.OUT, page + abi.OUT_CONS, page + abi.OUT_PROD, abi.OUT_BYTES)
         self._out = ByteRing(page + abi.IN, page + abi.IN_CONS, page + abi.IN_PROD, abi.IN_BYTES)
+        self._log_failed = False
         self.history = b""
         self._input = b""
         self._subscribers: dict[Callable[[bytes], None], Callable[[int], None]] = {}
@@ -93,7 +94,13 @@ class ConsoleServer:
                 took(n)
 
     def _write_log(self, data: bytes) -> None:
-        if self._log.exists() and self._log.stat().st_size + len(data) > FILE_BYTES:
-            self._log.replace(self._log.with_suffix(".log.1"))
-        with self._log.open("ab") as file:
-            file.write(data)
+        """A log that cannot be written is said once, and done without."""
+        try:
+            if self._log.exists() and self._log.stat().st_size + len(data) > FILE_BYTES:
+                self._log.replace(self._log.with_suffix(".log.1"))
+            with self._log.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            if not self._log_failed:
+                self._log_failed = True
+                self._report(f"console log: {error.strerror}")
