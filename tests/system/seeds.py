@@ -180,6 +180,31 @@ def greedy_store() -> None:
 
 
 @seed
+def no_share() -> None:
+    """Backends keep every grant mapped that a frontend names."""
+    from domain import backend
+
+    backend.MAX_KEPT = 1 << 30
+
+
+@seed
+def no_memory_for_a_driver() -> None:
+    """The second block driver domain cannot be built, the third can."""
+    from dom0 import builder
+
+    whole, built = builder.build, 0
+
+    def build(kernel: Any, name: str, *arguments: Any) -> Any:
+        nonlocal built
+        built += name == "blkback"
+        if name == "blkback" and built == 2:
+            raise builder.BuildError("blkback: seeded")
+        return whole(kernel, name, *arguments)
+
+    builder.build = build
+
+
+@seed
 def puppet_driver() -> None:
     """Not a defect but a door: the verb `driver` makes a driver domain that runs guests/puppet.py.
 

@@ -242,6 +242,14 @@ def test_a_dead_driver_domain_is_replaced_and_serves_again(driver: str) -> None:
         assert f"{driver} ended; starting another" in host.ask("dmesg")
 
 
+def test_a_driver_domain_that_cannot_be_built_is_built_later() -> None:
+    """Seed: its successor finds no memory, once."""
+    with machine(seed="no_memory_for_a_driver") as host:
+        os.kill(host.row("blkback")["pid"], 9)
+        assert until(lambda: host.row("blkback")["state"] == "running")
+        assert "blkback cannot be started: blkback: seeded" in host.ask("dmesg")
+
+
 def test_a_domain_ends_with_its_monitor() -> None:
     with machine() as host:
         before = host.books()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dom0.devices import DETACH_SECONDS
+from domain.backend import MAX_KEPT
 from tests.system.machine import Guest, Machine, machine, until
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
@@ -138,6 +139,46 @@ def test_requests_that_are_wrong_in_themselves(host: Machine) -> None:
     assert host.holds("wrong.img", 0, content)
     assert host.row("blkback")["state"] == "running" and not eve.row()["reason"]
     eve.destroy()
+
+
+def test_a_backend_keeps_no_more_than_its_share(host: Machine) -> None:
+    """She grants one page two thousand times and reads into each: what is past the share is refused, and others have theirs."""
+    before = host.books()
+    eve = owner(host, "eve", "10.0.0.1")
+    assert greedy_reads(eve) == (MAX_KEPT, 2000 - MAX_KEPT)
+    carol = owner(host, "carol", "10.0.0.2")
+    carol.do("await disk.write(0, bytes(1 << 20))  # all of her disk: 256 pages of her pool")
+    for guest in (eve, carol):
+        guest.destroy()
+    assert not host.balances(before)
+
+
+def greedy_reads(eve: Guest) -> tuple[int, int]:
+    """Of 2000 reads into a page each: how many were done, how many refused."""
+    done, refused = eve.do("""
+        page, queue, count = kernel.memory.alloc(1), [], [0, 0]
+        first = disk._slots[0]
+        refs = [kernel.grants.give(disk.otherend_id, page.pfn) for _ in range(1999)]
+        # the pool's page that `owner` wrote from is the backend's already
+        for ref in [first.grefs[0], *refs]:
+            slot = await disk._take()
+            slot.op, slot.status = 0, None
+            slot.answered.clear()
+            request = blkif.HEAD.pack(0, 1, disk.handle, slot.ident, 0) + blkif.SEGMENT.pack(ref, 0, 7)
+            if disk._ring.publish(request.ljust(blkif.REQUEST_BYTES, b"\\0")):
+                kernel.evtchn.send(disk._port)
+            await slot.answered.wait()
+            disk._free.put(slot)
+            count[slot.status != 0] += 1
+        return count
+    """)
+    return done, refused
+
+
+def test_a_backend_that_keeps_all_it_is_given_is_found_out() -> None:
+    """Seed: there is no share."""
+    with machine(seed="no_share") as host:
+        assert greedy_reads(owner(host, "eve", "10.0.0.1")) == (2000, 0)
 
 
 FRONTENDS = [

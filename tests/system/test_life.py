@@ -163,6 +163,18 @@ def test_names_are_reused_and_numbers_are_not(host: Machine) -> None:
     assert host.wait(str(domids[2])) == (7, "poweroff"), "an ended one is found by its number"
 
 
+def test_a_console_log_that_cannot_be_written_is_done_without(host: Machine) -> None:
+    """The disk is full, say; here a directory is in its place."""
+    place = host.state / "console" / "mute.log"
+    place.mkdir()
+    guest = host.guest("mute")
+    assert guest.do("print('one'); print('two'); return 1") == 1
+    assert until(lambda: guest.row()["reason"]) == "console log: Is a directory"
+    assert host.ask("dmesg").count("mute: console log") == 1
+    guest.destroy()
+    place.rmdir()
+
+
 # ---- creation refused, everything undone
 
 
