@@ -313,7 +313,7 @@ def up(state: Path, frames: int = FRAMES, seed: str = "") -> int:
     """Start a host; the hypervisor's pid. Raises HostError."""
     if not seed:
         return client.up(state, frames)
-    state.mkdir(mode=0o700)
+    state.mkdir(mode=0o700, exist_ok=True)
     with client._open_log(state) as log:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", f"from tests.system.seeds import host; host({seed!r})", f"--state={state}",

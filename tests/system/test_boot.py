@@ -107,6 +107,24 @@ def test_a_state_directory_that_others_may_enter_is_refused(tmp_path: Path) -> N
     assert stat.S_IMODE(state.stat().st_mode) == 0o755 and not list(state.iterdir()), "nothing was touched"
 
 
+def test_the_hypervisor_looks_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who starts it may have been deceived. Seed: it does not look, and runs in a directory that others may enter."""
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o755)
+    (tmp_path / "link").symlink_to("state")
+    for place, why in ((state, "must be yours with mode 0700"), (tmp_path / "link", "(a link is not followed)")):
+        command = [sys.executable, "-I", "-m", "hypervisor", "--state", str(place)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 1 and done.stderr.startswith("error: state directory") and why in done.stderr
+    assert not list(state.iterdir())
+
+    monkeypatch.setattr(client, "_open_log", lambda state: (state / "hypervisor.log").open("wb"))
+    pid = up(state, seed="any_directory")
+    client.down(state)
+    os.waitpid(pid, 0)
+
+
 def test_a_state_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     if os.getuid() == 0:
         state = tmp_path / "state"

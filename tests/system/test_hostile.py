@@ -40,6 +40,16 @@ def test_malformed_messages_are_answered(eve: Guest) -> None:
     assert eve.do("return kernel.call(version.XenPageSize())") == 4096, "and she is still served"
 
 
+def test_a_hypervisor_that_expects_good_messages_is_found_out() -> None:
+    """Seed: a message is unpacked and taken apart. The first bad one ends the hypervisor."""
+    with machine(seed="malformed_is_a_bug") as host:
+        eve = host.guest("eve")
+        assert eve.do("return trap(msgpack.packb([17, 1, 7]))") == [1, 0, 4096]
+        with pytest.raises(AssertionError):
+            eve.do("return trap(b'junk')")
+        assert host.hypervisor.ended()
+
+
 def test_numbers_that_are_no_call(eve: Guest) -> None:
     for op in (0, 1, 16, 40, 255, (1 << 32) - 1):
         assert eve.do(f"return trap(msgpack.packb([{op}, 3, 0]))") == [3, ENOSYS]
@@ -197,6 +207,14 @@ def test_ports_that_are_not_hers(host: Machine, eve: Guest, bob: Guest) -> None:
         == ["NotPermitted"] * 2 + ["NoSuchDomain"] + ["NotPermitted"] * 3 + ["Exists", "Invalid"] + ["Invalid"] * 18
     )
     assert bob.do("return status(kernel.call, evtchn.EvtchnSend(kernel.start.console_evtchn))") == ""
+
+
+def test_a_hypervisor_that_lets_anybody_bind_is_found_out() -> None:
+    """Seed: who a port waits for is not asked."""
+    with machine(seed="anybody_may_bind") as host:
+        eve, bob = host.guest("eve"), host.guest("bob")
+        port = bob.do("return kernel.call(evtchn.AllocUnbound(types.DOMID_SELF, 0))")
+        assert eve.do(f"return status(kernel.call, evtchn.BindInterdomain({bob.domid}, {port}))") == ""
 
 
 def test_ports_run_out_for_her_alone(eve: Guest, bob: Guest) -> None:

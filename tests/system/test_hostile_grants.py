@@ -41,6 +41,13 @@ def test_frames_that_nobody_granted_to_her(host: Machine, eve: Guest, bob: Guest
     bob.do(f"kernel.grants.end({to_dom0})")
 
 
+def test_a_hypervisor_that_lets_anybody_map_is_found_out() -> None:
+    """Seed: to whom a frame was granted is not asked. Eve has bob's console."""
+    with machine(seed="anybody_may_map") as host:
+        eve, bob = host.guest("eve"), host.guest("bob")
+        assert grant_map(eve, bob.domid, 0, "layout.GRANT_BASE") == 0
+
+
 def test_places_that_are_not_for_grants(eve: Guest, bob: Guest) -> None:
     ref = bob.do(f"global page; page = kernel.memory.alloc(1); return kernel.grants.give({eve.domid}, page.pfn)")
     for va in (

@@ -197,12 +197,19 @@ FRONTENDS = [
 @pytest.mark.parametrize("nonsense", FRONTENDS)
 def test_what_she_writes_into_the_store_is_only_text(host: Machine, nonsense: str) -> None:
     """It closes her device; the driver domain, which reads it, goes on."""
-    key, value = nonsense.split()
-    raw = b"\xff\xfe" if value == "\xff" else value.encode()
-    image = host.disk("eve.img")
     driver = host.row("blkback")["pid"]
-    eve = host.guest("eve", memory=4, disk=[{"name": "xvda", "image": str(image)}])
+    eve = publish(host, *nonsense.split())
+    assert until(lambda: eve.do('return await kernel.store.get(await kernel.store.read(path + "backend") + "/state")') == "6")
+    assert host.row("blkback")["pid"] == driver
+    eve.destroy()
+
+
+def publish(host: Machine, key: str, value: str) -> Guest:
+    """A guest who publishes a disk's ring and event channel as she should, but for one value."""
+    raw = b"\xff\xfe" if value == "\xff" else value.encode()
+    eve = host.guest("eve", memory=4, disk=[{"name": "xvda", "image": str(host.disk("eve.img"))}])
     eve.do(f"""
+        global path
         path = "device/vbd/51712/"
         page = kernel.memory.alloc(1)
         await kernel.store.write(path + "ring-ref", kernel.grants.give({host.row("blkback")["domid"]}, page.pfn))
@@ -211,11 +218,15 @@ def test_what_she_writes_into_the_store_is_only_text(host: Machine, nonsense: st
         if {key!r} != "state":
             await kernel.store.write(path + "state", 3)
     """)
-    assert until(
-        lambda: eve.do('return await kernel.store.get((await kernel.store.read("device/vbd/51712/backend")) + "/state")') == "6"
-    )
-    assert host.row("blkback")["pid"] == driver
-    eve.destroy()
+    return eve
+
+
+def test_a_driver_domain_that_believes_her_numbers_is_found_out() -> None:
+    """Seed: they are converted as they stand. It ends, and with it everybody's disks."""
+    with machine(seed="numbers_are_believed") as host:
+        driver = host.row("blkback")["pid"]
+        publish(host, "ring-ref", "99999999999999")
+        assert until(lambda: host.row("blkback")["pid"] != driver)
 
 
 def test_nodes_that_the_backend_may_not_read(host: Machine) -> None:
@@ -289,6 +300,14 @@ def test_she_writes_nothing_that_is_not_hers(host: Machine, eve: Guest, bob: Gue
         """)
         assert refusal == "EACCES", path
     assert host.row("bob")["state"] == "running"
+
+
+def test_a_store_that_asks_nobody_is_found_out() -> None:
+    """Seed: there are no permissions. Eve ends bob as the toolstack does."""
+    with machine(seed="the_store_is_open") as host:
+        eve, bob = host.guest("eve"), host.guest("bob")
+        eve.do(f'await kernel.store.write("/local/domain/{bob.domid}/control/shutdown", "poweroff")')
+        assert bob.wait().reason == "poweroff"
 
 
 def answers_during_a_flood(eve: Guest, bob: Guest) -> int:
