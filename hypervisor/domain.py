@@ -88,7 +88,7 @@ class Domain:
         self.p2m = array("I")
         self.max_frames = 0
         self.own_refs: dict[int, tuple[int, bool]] = {}  # its own mapping's references: va -> (mfn, writable)
-        self.leaving: set[int] = set()  # mfns on their way out, in no p2m entry any more
+        self.leaving: dict[int, int] = {}  # pfn -> mfn on its way out: in the p2m no more, and no hole to be filled yet
         self.expected: set[int] = set()  # pfns that a frame is on its way to
         self.monitor: Monitor | None = None
         self.entry = 0

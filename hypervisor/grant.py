@@ -270,7 +270,7 @@ def _transfer_one(hv: Hypervisor, caller: Domain, pfn: int, domid: int, ref: int
     if lib.grant_accept(taker.gnt, ref, caller.domid, wanted):
         return GrantStatus.BAD_GNTREF
     hole = wanted[0]
-    if hole >= len(taker.p2m) or taker.p2m[hole] != NO_FRAME or hole in taker.expected:
+    if not memory.is_hole(taker, hole):
         lib.grant_accepted(taker.gnt, ref, 0)
         return GrantStatus.BAD_GNTREF
     mfn = memory.take_out(hv, caller, pfn)
@@ -281,9 +281,13 @@ def _transfer_one(hv: Hypervisor, caller: Domain, pfn: int, domid: int, ref: int
     taker.expected.add(hole)
     try:
         yield from memory.unmap_own(hv, caller, [pfn])
+    except MonitorGone:  # the giver ended, and its burial has the frame: the taker may wait for another
+        if taker.gnt.alive:
+            lib.grant_accepted(taker.gnt, ref, 0)
+        raise
     finally:
         taker.expected.discard(hole)
-    caller.leaving.discard(mfn)
+    del caller.leaving[pfn]
     if hv.domains.get(domid) is not taker or taker.state in ("dying", "dead"):
         hv.machine.scrub(mfn)
         hv.frames.release(mfn)

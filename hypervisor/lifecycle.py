@@ -240,8 +240,8 @@ def _bury(hv: Hypervisor, domain: Domain) -> Steps:
     yield from grant.take_back(hv, domain)
     for mfn, writable in domain.own_refs.values():
         hv.frames.put(mfn, writable)
-    owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME] + sorted(domain.leaving)
-    domain.p2m, domain.own_refs, domain.leaving = array.array("I"), {}, set()
+    owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME] + list(domain.leaving.values())
+    domain.p2m, domain.own_refs, domain.leaving = array.array("I"), {}, {}
     for at in range(0, len(owned), SCRUB_FRAMES):
         for mfn in owned[at : at + SCRUB_FRAMES]:
             hv.machine.scrub(mfn)

@@ -51,8 +51,15 @@ def take_out(hv: Hypervisor, caller: Domain, pfn: int) -> int | None:
         return None
 
     caller.p2m[pfn] = NO_FRAME
-    caller.leaving.add(mfn)
+    caller.leaving[pfn] = mfn
     return mfn
+
+
+def is_hole(domain: Domain, pfn: int) -> bool:
+    """A frame may be put there: none is, none is coming, and the last one has been unmapped."""
+    return (
+        pfn < len(domain.p2m) and domain.p2m[pfn] == NO_FRAME and pfn not in domain.expected and pfn not in domain.leaving
+    )
 
 
 def is_callring(caller: Domain, mfn: int) -> bool:
@@ -83,8 +90,8 @@ def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReser
         mfns.append(mfn)
 
     yield from unmap_own(hv, caller, pfns)
-    for mfn in mfns:
-        caller.leaving.discard(mfn)
+    for pfn, mfn in zip(pfns, mfns, strict=True):
+        del caller.leaving[pfn]
         hv.machine.scrub(mfn)
         hv.frames.release(mfn)
     return len(mfns)
@@ -94,7 +101,7 @@ def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReser
 def populate_physmap(hv: Hypervisor, caller: Domain, call: abi.PopulatePhysmap) -> Steps:
     wanted = list[int]()
     for pfn in pfns_at(hv, caller, call.address, call.count):
-        if pfn >= len(caller.p2m) or caller.p2m[pfn] != NO_FRAME or pfn in caller.expected or pfn in wanted:
+        if not is_hole(caller, pfn) or pfn in wanted:
             break
         wanted.append(pfn)
     try:

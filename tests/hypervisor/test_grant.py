@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hypervisor import evtchn, grant, lifecycle
-from hypervisor.domain import Domain
+from hypervisor import evtchn, grant, lifecycle, memory
+from hypervisor.domain import NO_FRAME, Domain
 from hypervisor.gate.monitor import MAX_COMMANDS, Monitor, MonitorGone, Page
 from hypervisor.grant import GrantMapping
 from hypervisor.loop import Steps
@@ -424,6 +424,18 @@ class Machine(RuleBasedStateMachine):
     def unmap(self, a: int, first: int, count: int) -> None:
         self.game.unmap(a, first, count)
 
+    @rule(a=who, pfn=number, count=st.integers(1, 3), more=st.booleans())
+    def reserve(self, a: int, pfn: int, count: int, more: bool) -> None:
+        self.game.reserve(a, pfn, count, more)
+
+    @rule(a=who, b=who, pfn=number)
+    def accept(self, a: int, b: int, pfn: int) -> None:
+        self.game.accept(a, b, pfn)
+
+    @rule(a=who, b=who, pfn=number, count=st.integers(1, 3))
+    def flip(self, a: int, b: int, pfn: int, count: int) -> None:
+        self.game.flip(a, b, pfn, count)
+
     @rule(a=who, fail_at=st.none() | st.integers(0, 63))
     def serve(self, a: int, fail_at: int | None) -> None:
         self.game.serve(a, fail_at)
@@ -480,6 +492,28 @@ def forget_the_count(hv: StandIn, mapping: GrantMapping) -> None:
     mapping.orphan = True
 
 
+def let_go(hv: StandIn, domain: Domain, pfn: int) -> int | None:
+    """A frame may leave although others map it."""
+    mfn = domain.p2m[pfn] if pfn < len(domain.p2m) else NO_FRAME
+    if mfn == NO_FRAME or pfn < FIRST_PFN:
+        return None
+    domain.p2m[pfn], domain.leaving[pfn] = NO_FRAME, mfn
+    return mfn
+
+
+def unmap_later(hv: StandIn, domain: Domain, pfns: list[int]) -> Steps:
+    """The references of a frame that leaves fall before it is unmapped."""
+    assert domain.monitor is not None
+    for pfn in pfns:
+        hv.frames.put(*domain.own_refs.pop(virt(pfn)))
+    yield from domain.monitor.unmap([virt(pfn) for pfn in pfns])
+
+
+def empty(domain: Domain, pfn: int) -> bool:
+    """A hole counts as one although its frame is still mapped there."""
+    return pfn < len(domain.p2m) and domain.p2m[pfn] == NO_FRAME and pfn not in domain.expected
+
+
 class Interleaves(Monitor):
     """Queues a long map 64 pages at a time."""
 
@@ -504,6 +538,9 @@ DEFECTS: dict[str, tuple[Any, str, Any]] = {
     "a long map lets others in between": (stand_in, "Monitor", Interleaves),
     "flags are cleared while it is mapped": (grant, "lib", ReleasesTooMuch()),
     "an address that is coming counts as free": (grant, "address_is_free", lambda domain, va: va not in domain.monitor.shadow),
+    "a mapped frame leaves": (memory, "take_out", let_go),
+    "a frame leaves before it is unmapped": (memory, "unmap_own", unmap_later),
+    "a hole is filled too early": (memory, "is_hole", empty),
     "frames are not scrubbed": (stand_in.MachineMemory, "scrub", lambda self, mfn, count=1: None),
 }
 

@@ -11,6 +11,7 @@ import pytest
 
 from hypervisor import memory
 from hypervisor.domain import NO_FRAME, Domain
+from hypervisor.gate.monitor import MonitorGone
 from hypervisor.public.errors import BadAddress, TooBig
 from hypervisor.public.grant import (
     COPY,
@@ -175,6 +176,34 @@ def test_a_taker_that_dies_meanwhile_leaves_no_frame_behind(hv: StandIn) -> None
     assert out[1] is None and TRANSFER.unpack(hv.read(giver, TRANSFER.size))[3] == GrantStatus.BAD_DOMAIN
     assert hv.frames.nr_free == free + owned + 1, "the giver's frame is lost to it, not to the machine"
     hv.check()
+
+
+def test_a_giver_that_dies_meanwhile_leaves_the_entry_as_it_was(hv: StandIn) -> None:
+    giver, taker = hv.domains[1], hv.domains[2]
+    over(hv, taker, DecreaseReservation, [DATA])
+    grant(hv, taker, 9, Gtf.ACCEPT_TRANSFER, 1, DATA)
+    hv.write(giver, TRANSFER.pack(DATA, 2, 9, 0))
+    out = hv.ask(giver, GrantTransfer(SCRATCH, 1))
+    assert flags_of(hv, taker, 9) == Gtf.ACCEPT_TRANSFER | Gtf.TRANSFER_COMMITTED
+    hv.kill(1)
+    hv.serve_all()
+    assert isinstance(out[1], MonitorGone) and giver.state == "dead" and not taker.expected
+    assert flags_of(hv, taker, 9) == Gtf.ACCEPT_TRANSFER and taker.p2m[DATA] == NO_FRAME
+    hv.quiet()
+
+
+def test_a_hole_is_none_before_its_frame_has_gone(hv: StandIn) -> None:
+    """The taker's own frame is still mapped there: what is put in its place would lose its count to it."""
+    giver, taker = hv.domains[1], hv.domains[2]
+    grant(hv, taker, 9, Gtf.ACCEPT_TRANSFER, 1, DATA)
+    hv.write(taker, struct.pack("<Q", DATA))
+    out = hv.ask(taker, DecreaseReservation(SCRATCH, 1))
+    hv.write(giver, TRANSFER.pack(DATA, 2, 9, 0))
+    hv.ask(giver, GrantTransfer(SCRATCH, 1))
+    hv.serve_all()
+    assert out == [1, None] and TRANSFER.unpack(hv.read(giver, TRANSFER.size))[3] == GrantStatus.BAD_GNTREF
+    assert flip(hv, giver, DATA, 2, 9) == GrantStatus.OKAY
+    hv.quiet()
 
 
 # ---- copies

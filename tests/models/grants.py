@@ -1,4 +1,4 @@
-"""A game of grants: domains give, map, unmap, die at any moment; monitors answer late, or not, or fail.
+"""A game of grants: domains give, map, unmap, shrink, grow, flip pages and die at any moment; monitors answer late, or fail.
 
 After every move the machine must be whole: what an address space can touch is counted, belongs to a domain that granted it
 and that is not dead, and a frame that changed owner was scrubbed.
@@ -7,19 +7,34 @@ and that is not dead, and a frame that changed owner was scrubbed.
 from __future__ import annotations
 
 import random
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from domain import _guest
 from hypervisor import lifecycle
-from hypervisor.domain import Domain
-from hypervisor.public.grant import ENTRY, MAP_REF, UNMAP_REF, GrantMap, GrantUnmap, Gtf, MapFlags
+from hypervisor.domain import NO_FRAME, Domain
+from hypervisor.public.grant import (
+    ENTRY,
+    MAP_REF,
+    TRANSFER,
+    UNMAP_REF,
+    GrantMap,
+    GrantTransfer,
+    GrantUnmap,
+    Gtf,
+    MapFlags,
+)
 from hypervisor.public.layout import GRANT_BASE, GRANT_PFN, KERNEL_PFN
+from hypervisor.public.memory import DecreaseReservation, PopulatePhysmap
 from hypervisor.public.types import PAGE_SIZE
 from tests.models.address_space import ZERO
 from tests.models.stand_in import DOMAIN_FRAMES, SCRATCH, StandIn
 
 FIRST_PFN, NR_PFNS = KERNEL_PFN + 5, 4  # pages that are given; the scratch pages lie before them
 FIRST_REF, NR_REFS = 8, 4
+MOVING_PFN, NR_MOVING = FIRST_PFN + NR_PFNS - 1, 4  # pages that come and go; one of them is given too
+TRANSFER_REF = 40  # and as many more: for each page that moves, an entry that takes it
 NR_VAS = 600
 DOMIDS = (1, 2, 3)
 
@@ -139,6 +154,32 @@ class Game:
             pairs = [(m.va, m.handle) for m in chosen] + [(GRANT_BASE, 10**6 + first)]
             self.busy[domid] = start_unmap(self.hv, domain, pairs)
 
+    def reserve(self, domid: int, pfn: int, count: int, more: bool) -> None:
+        """The reservation shrinks or grows by pages that may come and go."""
+        if domain := self.alive(domid):
+            pfns = [MOVING_PFN + (pfn + i) % NR_MOVING for i in range(count)]
+            self.hv.write(domain, struct.pack(f"<{count}Q", *pfns))
+            kind = PopulatePhysmap if more else DecreaseReservation
+            self.busy[domid] = self.hv.ask(domain, kind(SCRATCH, count))
+
+    def accept(self, domid: int, other: int, pfn: int) -> None:
+        """Let another put a frame where a hole of ours is; an entry that is used is begun anew, once its frame is there."""
+        domain = self.hv.domains[domid]
+        if domain.alive:  # a store into its own table, whatever call of its is under way
+            pfn %= NR_MOVING
+            flags, _, _ = entry(self.hv, domain, TRANSFER_REF + pfn)
+            if flags != Gtf.ACCEPT_TRANSFER | Gtf.TRANSFER_COMMITTED:
+                raw = ENTRY.pack(Gtf.ACCEPT_TRANSFER, other, MOVING_PFN + pfn)
+                self.hv.machine.write(domain.p2m[GRANT_PFN], 8 * (TRANSFER_REF + pfn), raw)
+
+    def flip(self, domid: int, other: int, pfn: int, count: int) -> None:
+        """Give pages to whoever waits for them, or does not."""
+        if domain := self.alive(domid):
+            moved = [(pfn + i) % NR_MOVING for i in range(count)]
+            records = b"".join(TRANSFER.pack(MOVING_PFN + m, other, TRANSFER_REF + (m + pfn) % NR_MOVING, 99) for m in moved)
+            self.hv.write(domain, records)
+            self.busy[domid] = self.hv.ask(domain, GrantTransfer(SCRATCH, count))
+
     def serve(self, domid: int, fail_at: int | None) -> None:
         space = self.hv.spaces[domid]
         if not space.dead and space.waiting():
@@ -174,6 +215,15 @@ class Game:
                 return other
         return None
 
+    def taker_for(self, domid: int) -> int | None:
+        """Somebody who would take a page of `domid`'s now."""
+        for other in DOMIDS:
+            domain = self.hv.domains[other]
+            for i in range(NR_MOVING if domain.alive else 0):
+                if entry(self.hv, domain, TRANSFER_REF + i)[:2] == (2, domid) and domain.p2m[MOVING_PFN + i] == NO_FRAME:
+                    return other
+        return None
+
     def granter_in_use(self) -> int | None:
         """Somebody whose frames another is mapping or unmapping at this moment."""
         for domid, out in self.busy.items():
@@ -189,6 +239,8 @@ class Game:
             at = {m.va: m for m in domain.maptrack.values()}
             assert len(at) == len(domain.maptrack), f"{domain} has two mappings at one address"
             for va, (mfn, writable) in self.hv.spaces[domid].pages.items():
+                if va < GRANT_BASE:
+                    assert domain.state == "dead" or self.hv.frames.owner[mfn] == domid, f"{domain} can touch another's frame"
                 if GRANT_BASE <= va < GRANT_BASE + NR_VAS * PAGE_SIZE and mfn != ZERO:
                     mapping = at[va]
                     assert mapping.mfn == mfn and mapping.writable >= writable and not mapping.orphan
@@ -211,42 +263,73 @@ class Game:
                 self.die(domid)
         self.check()
         self.hv.quiet()
+        for domid in DOMIDS:
+            domain = self.hv.domains[domid]
+            assert not domain.leaving and not domain.expected, f"{domain}: a frame is on its way for ever"
+            owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME]
+            assert self.hv.frames.owned[domid] == len(owned) == len(set(owned)), f"{domain}: frames that are in no p2m"
+            for i in range(NR_MOVING):
+                flags, _, _ = entry(self.hv, domain, TRANSFER_REF + i)
+                assert flags in (0, 2, 2 | 4 | 8), f"{domain}: a transfer is committed for ever"
 
     def close(self) -> None:
         self.hv.close()
 
 
+class Player:
+    """Moves drawn from a seeded generator, the useful ones more often than chance would have it."""
+
+    def __init__(self, game: Game, seed: int) -> None:
+        self.game, self.rng = game, random.Random(seed)
+        self.weights: list[tuple[int, Callable[[int, int, int], None]]] = [
+            (3, self.give), (1, lambda a, b, n: game.end(a, n)), (3, self.map), (2, self.unmap), (1, self.kill),
+            (2, lambda a, b, n: game.die(a)), (2, self.reserve), (3, self.flip), (9, self.serve),
+        ]  # fmt: skip
+        self.moves = [move for weight, move in self.weights for _ in range(weight)]
+
+    def play(self, moves: int) -> None:
+        try:
+            for i in range(moves):
+                self.rng.choice(self.moves)(self.rng.choice(DOMIDS), self.rng.choice(DOMIDS), self.rng.randrange(1000))
+                self.game.check()
+                if i % 200 == 0:
+                    self.game.quiet()
+            self.game.quiet()
+        finally:
+            self.game.close()
+
+    # ---- (who, another, a number)
+
+    def give(self, a: int, b: int, n: int) -> None:
+        for ref in range(n, n + self.rng.choice((1, NR_REFS))):
+            self.game.give(a, b, ref, self.rng.randrange(NR_PFNS), self.rng.random() < 0.3)
+
+    def map(self, a: int, b: int, n: int) -> None:
+        if self.rng.random() < 0.8:
+            b = self.game.granter_for(a) or b
+        self.game.map(a, b, n, self.rng.randrange(NR_VAS), self.rng.choice((1, 2, 5, 150)), self.rng.random() < 0.3)
+
+    def unmap(self, a: int, b: int, n: int) -> None:
+        self.game.unmap(a, n, self.rng.choice((1, 2, 5, 70)))
+
+    def kill(self, a: int, b: int, n: int) -> None:
+        victim = self.game.granter_in_use()
+        if self.rng.random() < (0.3 if victim else 0.1):
+            self.game.kill(victim or a)
+            if self.rng.random() < 0.5:
+                self.game.die(victim or a)
+
+    def reserve(self, a: int, b: int, n: int) -> None:
+        self.game.reserve(a, n, self.rng.randrange(1, 4), self.rng.random() < 0.3)
+        for pfn in range(NR_MOVING):
+            self.game.accept(a, b, pfn)
+
+    def flip(self, a: int, b: int, n: int) -> None:
+        self.game.flip(a, self.game.taker_for(a) or b, self.rng.choice((0, n)), self.rng.randrange(1, 4))
+
+    def serve(self, a: int, b: int, n: int) -> None:
+        self.game.serve(a, self.rng.randrange(64) if self.rng.random() < 0.02 else None)
+
+
 def play(game: Game, moves: int, seed: int = 9) -> None:
-    """A seeded loop of all moves."""
-    rng = random.Random(seed)
-    try:
-        for i in range(moves):
-            domid, other, n = rng.choice(DOMIDS), rng.choice(DOMIDS), rng.randrange(1000)
-            match rng.randrange(20):
-                case 0 | 1 | 2:
-                    for ref in range(n, n + rng.choice((1, NR_REFS))):
-                        game.give(domid, other, ref, rng.randrange(NR_PFNS), rng.random() < 0.3)
-                case 3:
-                    game.end(domid, n)
-                case 4 | 5 | 6:
-                    if rng.random() < 0.8:
-                        other = game.granter_for(domid) or other
-                    game.map(domid, other, n, rng.randrange(NR_VAS), rng.choice((1, 2, 5, 150)), rng.random() < 0.3)
-                case 7 | 8:
-                    game.unmap(domid, n, rng.choice((1, 2, 5, 70)))
-                case 9:
-                    victim = game.granter_in_use()
-                    if rng.random() < (0.3 if victim else 0.1):
-                        game.kill(victim or domid)
-                        if rng.random() < 0.5:
-                            game.die(victim or domid)
-                case 10 | 11:
-                    game.die(domid)
-                case _:
-                    game.serve(domid, rng.randrange(64) if rng.random() < 0.02 else None)
-            game.check()
-            if i % 200 == 0:
-                game.quiet()
-        game.quiet()
-    finally:
-        game.close()
+    Player(game, seed).play(moves)
