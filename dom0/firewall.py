@@ -5,7 +5,8 @@
                  [in DOMAIN/INDEX]  [out DOMAIN/INDEX]                        # comment
 
 ADDRESS may be "any". "in" is the vif a frame comes from, "out" the one it goes to; a vif that does not exist matches
-nothing. Without a default line the default is drop. ARP passes always, after the check against spoofing.
+nothing. A rule with a port matches no packet that shows none, such as a later fragment; 0-65535 is as if there were no
+port in the rule. Without a default line the default is drop. ARP passes always, after the check against spoofing.
 """
 
 from __future__ import annotations

@@ -198,7 +198,8 @@ def matches(line: str, packet: Packet, seen: bool) -> bool:
                 return False
         elif word == "port":
             low, _, high = value.partition("-")
-            if not (seen and int(low) <= packet.ports[side == "to"] <= int(high or low)):
+            every = (low, high) == ("0", "65535")  # as if no port were named: what shows none matches too
+            if not every and not (seen and int(low) <= packet.ports[side == "to"] <= int(high or low)):
                 return False
         elif SLOTS.get(value, -5) != (packet.source if word == "in" else packet.to):
             return False
