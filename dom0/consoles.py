@@ -46,30 +46,36 @@ class ConsoleServer:
         self._subscribers.pop(subscriber, None)
 
     def type(self, data: bytes) -> None:
-        """Keys for the guest; of what it does not read the oldest are dropped past INPUT_BYTES."""
+        """Keys for the guest; of what it does not read the oldest are dropped past INPUT_BYTES, and all once it ended."""
         self._input = (self._input + data)[-INPUT_BYTES:]
         self._push()
 
     def close(self) -> None:
-        """Take what it printed last, then let go of the page. Idempotent."""
-        if not self.ended.is_set:
-            self._take()
-            self._task.cancel()
-            self.ended.set()
+        """Take what it printed last, then let go of the page: nothing may touch it from here on. Idempotent."""
+        self._take()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._task.cancel()
+        self.ended.set()
+
+    def _violated(self, error: Broken) -> None:
+        """Said once: the ring is not looked at again."""
+        self._report(f"console ring violated: {error}")
+        self._let_go()
 
     async def _serve(self) -> None:
         while True:
             await self._kernel.evtchn.wait(self._port)
-            if not self._take():
-                return
+            self._take()
             self._push()
 
-    def _take(self) -> bool:
+    def _take(self) -> None:
         try:
-            data = self._in.read()
+            data = self._in.read() if not self.ended.is_set else b""
         except Broken as error:
-            self._report(f"console ring violated: {error}")
-            return False
+            self._violated(error)
+            return
         if data:
             self.history = (self.history + data)[-KEEP_BYTES:]
             self._write_log(data)
@@ -79,13 +85,12 @@ class ConsoleServer:
                 self._kernel.evtchn.send(self._port)
             except Exception:
                 pass  # it ended meanwhile; its last words were taken
-        return True
 
     def _push(self) -> None:
         try:
-            n = self._out.write(self._input) if self._input else 0
+            n = self._out.write(self._input) if self._input and not self.ended.is_set else 0
         except Broken as error:
-            self._report(f"console ring violated: {error}")
+            self._violated(error)
             return
         self._input = self._input[n:]
         if n:
