@@ -182,7 +182,7 @@ class Machine:
         self.work = Path(self._folder.name)
         self.state = self.work / "state"
         self._open: list[Patient] = []
-        self._closed = False
+        self._closed = self._settled = False
         self.pid = up(self.state, frames, seed)
         self.hypervisor = Process(self.pid)
         self._host = self.connect()
@@ -204,13 +204,25 @@ class Machine:
         rows = [row for row in self.ask("list-domains") if row["name"] == name]
         return next((row for row in rows if row["state"] != "dead"), rows[-1])
 
+    def replaced(self, old: dict[str, Any]) -> bool:
+        """Waits until a domain of that name runs that is not the one of the row `old`."""
+
+        def look() -> bool:
+            now = self.row(old["name"])
+            return bool(now["state"] == "running" and now["domid"] != old["domid"])
+
+        return until(look)
+
     def wait(self, name: str) -> Ended:
         with Patient(self.state) as connection:
             return Ended(**connection.ask("wait", name=name))
 
     def books(self) -> dict[str, int]:
         """What the system holds, counted: of each kind that a domain's life needs."""
-        self.ask("firewall-list")  # its question and answer have a node each, from the first time on
+        rules = self.ask("firewall-list")["text"]  # question and answer have nodes, from the first time on
+        if not self._settled:  # and so has the verdict on the first rules, which nobody waits for
+            self.ask("firewall-set", text=rules)
+            self._settled = True
         book = self.ask("ledger")
         counts = {name: book[name] for name in COUNTS}
         counts |= {name: len(book[name]) for name in ("processes", "queues", "sockets", "domains")}

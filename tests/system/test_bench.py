@@ -16,8 +16,9 @@ from scripts.benchmarks import harness
 from scripts.benchmarks.harness import Failed, Row, pair, report, run, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KEYS = ("id what unit better ours limit limit_is peer "
-    "peer_value ratio_limit ratio_peer spread gate absolute gate_holds holds peers").split()
+KEYS = (
+    "id what unit better ours limit limit_is peer peer_value ratio_limit ratio_peer spread gate absolute gate_holds holds peers"
+).split()
 
 
 def never() -> float:

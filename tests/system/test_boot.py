@@ -247,7 +247,7 @@ def test_a_dead_driver_domain_is_replaced_and_serves_again(driver: str) -> None:
         alice.do(opens)
         old = host.row(driver)
         os.kill(old["pid"], 9)
-        assert until(lambda: host.row(driver)["state"] == "running" and host.row(driver)["domid"] != old["domid"])
+        assert host.replaced(old)
         assert carol.do("return 8") == 8
         assert until(lambda: alice.do("return device.error")) == "the backend closed"
         assert not host.ask("info", name="alice")["devices"]
@@ -263,8 +263,9 @@ def test_a_dead_driver_domain_is_replaced_and_serves_again(driver: str) -> None:
 def test_a_driver_domain_that_cannot_be_built_is_built_later() -> None:
     """Seed: its successor finds no memory, once."""
     with machine(seed="no_memory_for_a_driver") as host:
-        os.kill(host.row("blkback")["pid"], 9)
-        assert until(lambda: host.row("blkback")["state"] == "running")
+        old = host.row("blkback")
+        os.kill(old["pid"], 9)
+        assert host.replaced(old)
         assert "blkback cannot be started: blkback: seeded" in host.ask("dmesg")
 
 
