@@ -86,16 +86,22 @@ class FrameTable:
         assert self.total[mfn] == 1 and self.writable[mfn] == 0, f"mfn {mfn} released in use"
 
         self.owner[mfn], self.total[mfn] = NO_OWNER, 0
-        self.owned[domid] -= 1
+        self._lose(domid)
         self.nr_free += 1
         self._masks[mfn // CHUNK] |= 1 << mfn % CHUNK
 
     def give(self, mfn: int, domid: int) -> None:
         """To another owner, with its contents: a page flip. Its allocation must be its only reference."""
         assert self.total[mfn] == 1 and self.writable[mfn] == 0, f"mfn {mfn} given away in use"
-        self.owned[self.owner[mfn]] -= 1
+        self._lose(self.owner[mfn])
         self.owned[domid] += 1
         self.owner[mfn] = domid
+
+    def _lose(self, domid: int) -> None:
+        """One frame fewer. Who has none is forgotten: domains come and go, and their numbers are not used again soon."""
+        self.owned[domid] -= 1
+        if not self.owned[domid]:
+            del self.owned[domid]
 
     # ---- references
 
