@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import posix_ipc
-import psutil
 
 from dom0 import client
 from dom0.client import Connection, HostError
@@ -66,9 +65,9 @@ class Process:
         return bool(select.select([self.fd], [], [], seconds)[0])
 
     def memory(self) -> int:
-        """Bytes resident."""
-        resident: int = psutil.Process(self.pid).memory_info().rss
-        return resident
+        """Bytes of its own: of machine memory it has mapped whatever it scrubbed."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
     def close(self) -> None:
         os.close(self.fd)
@@ -260,9 +259,11 @@ class Machine:
         return domid
 
     def guest(self, name: str = "guest", **options: Any) -> Guest:
-        """A domain that obeys."""
+        """A domain that obeys, and has booted."""
         self.create(name, GUESTS / "puppet.py", **options)
-        return Guest(self, name)
+        guest = Guest(self, name)
+        guest.do("pass")
+        return guest
 
     def disk(self, name: str, size: int = 1 << 20, content: bytes = b"") -> Path:
         """An image file of `size` bytes that begins with `content`."""
