@@ -248,11 +248,12 @@ def _served(path: Path) -> set[str]:
 
 
 def test_tests_mirror_the_packages() -> None:
-    """tests/hypervisor/test_evtchn.py questions hypervisor/evtchn.py, or a C file or folder of that name."""
+    """tests/hypervisor/test_evtchn.py questions hypervisor/evtchn.py, or a C file, folder or document (GUIDE.md) so named."""
     wrong = []
     for package in PACKAGES:
+        names = [path.name.lower() for path in (ROOT / package).rglob("*")]
         for path in sorted((ROOT / "tests" / package).rglob("test_*.py")):
             subject = path.stem.removeprefix("test_")
-            if not any((ROOT / package).rglob(f"{subject}*")):
+            if not any(name.startswith(subject) for name in names):
                 wrong.append(f"{show(path)}: no {package}/{subject}.py")
     assert not wrong, "\n".join(wrong)
