@@ -237,10 +237,11 @@ class SharedRing:
 
     def get_into(self, buffer: Buffer, timeout: float | None = None) -> int:
         """As take_into, waiting for at least one record; 0 once the peer closed and nothing is left. Raises TimeoutError."""
-        n, end = self._take_into(buffer, SPIN_NS), _end(timeout)
-        while n == 0:
+        if n := self._take_into(buffer, SPIN_NS):
+            return n
+        end = _end(timeout)
+        while (n := self._take_into(buffer, 0)) == 0:
             self._sleep(1, end)
-            n = self._take_into(buffer, 0)
         return n or 0
 
     def __iter__(self) -> Iterator[bytes]:
@@ -329,14 +330,14 @@ class SharedRing:
 
     def _take_into(self, buffer: Buffer, spin_ns: int) -> int | None:
         """0: nothing yet; None: nothing, and the peer closed."""
-        out = ffi.from_buffer(buffer, require_writable=True)
-        most = min(len(out) // max(1, self.received_size), self.nr_ents)
+        out, take = ffi.from_buffer("char[]", buffer, True), self._c_take  # True: or a BufferError
+        most = len(out) // (self.received_size or 1)
         if self._kept and most > 0:
             batch = self._take(most, 0) or b""
             ffi.memmove(out, batch, len(batch))
             return len(batch) // self.received_size
-        n = self._c_take(self._state, out, most, spin_ns)
-        return None if n == -errno.EPIPE else self._checked(n)
+        n = take(self._state, out, most if most < self.nr_ents else self.nr_ents, spin_ns)
+        return n if n > 0 else None if n == -errno.EPIPE else self._checked(n)
 
     def _may_wait(self) -> bool:
         """Make what room we can: keep answers, up to a ring full."""

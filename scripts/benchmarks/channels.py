@@ -1,8 +1,8 @@
 """One-way channels between two forked processes, ours and the peers', each with the same three words.
 
 A channel is made before the fork. `sender()` and `receiver()` are called in one process each and return a function that
-sends one bytes object, or waits for one; a receiver's b"" or single byte says that the sender called `end()`. The parent
-calls `forget()` once both processes have the channel.
+sends one bytes object, or waits for one (its like, where a ring fills a buffer); a receiver's b"" or single byte says that
+the sender called `end()`. The parent calls `forget()` once both processes have the channel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Channel(Protocol):
     pinned: bool  # whether its processes are held on a CPU each; not those with threads of their own
 
     def sender(self) -> Callable[[bytes], object]: ...
-    def receiver(self) -> Callable[[], bytes]: ...
+    def receiver(self) -> Callable[[], Any]: ...
     def end(self) -> None: ...
     def forget(self) -> None: ...
 
@@ -53,20 +53,26 @@ Kind = Callable[[int], Channel]  # by the size of what is sent
 
 
 class Ring:
-    """SharedRing, one way, records of `record` bytes; received in batches, or one by one."""
+    """SharedRing, one way, records of `record` bytes; received in batches, one by one, or in a buffer of the receiver's."""
 
     pinned = True
 
-    def __init__(self, record: int, singly: bool = False) -> None:
-        self.name, self.record, self.singly = new_name(), record, singly
+    def __init__(self, record: int, how: str = "batches") -> None:
+        self.name, self.record, self.how = new_name(), record, how
 
     def sender(self) -> Callable[[bytes], object]:
         self.ring = SharedRing.create(self.name, self.record)
         return self.ring.put
 
-    def receiver(self) -> Callable[[], bytes]:
+    def receiver(self) -> Callable[[], Any]:
         ring = SharedRing.attach(self.name, timeout=10)
-        return partial(next, iter(ring), b"") if self.singly else ring.get
+        if self.how == "singly":
+            return partial(next, iter(ring), b"")
+        if self.how == "batches":
+            return ring.get
+        room, get, record = bytearray(ring.nr_ents * self.record), ring.get_into, self.record
+        view = memoryview(room)
+        return lambda: view[: get(room) * record]
 
     def end(self) -> None:
         self.ring.drain(10)

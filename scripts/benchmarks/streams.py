@@ -45,9 +45,9 @@ def channel_rate(kind: Kind, record: int, batch: int, seconds: float) -> float:
     return float(count / (end - begin) * 1e9)
 
 
-def ring_rate(batch: int, singly: bool, seconds: float) -> float:
+def ring_rate(batch: int, how: str, seconds: float) -> float:
     """As channel_rate, of SharedRing: its records are RECORD bytes whatever the batch."""
-    return channel_rate(lambda size: Ring(RECORD, singly), RECORD, batch, seconds)
+    return channel_rate(lambda size: Ring(RECORD, how), RECORD, batch, seconds)
 
 
 def tight_rate(seconds: float) -> float:
