@@ -27,6 +27,9 @@ hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None
 hypothesis.settings.load_profile("nightly" if NIGHTLY else "default")
 
 
+os.environ.pop("CI", None)  # where it is set, pytest prints the whole difference of two disk images: minutes each
+
+
 def pytest_configure() -> None:
     # What a test starts is ours to the end: a host in the background, and what it left, becomes our child, not init's.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
