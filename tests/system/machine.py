@@ -182,7 +182,11 @@ class Machine:
         self.state = self.work / "state"
         self._open: list[Patient] = []
         self._closed = self._settled = False
-        self.pid = up(self.state, frames, seed)
+        try:
+            self.pid = up(self.state, frames, seed)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         self.hypervisor = Process(self.pid)
         self._host = self.connect()
 
