@@ -64,8 +64,10 @@ int32_t net_post(struct netfront *n)
 int32_t net_reap(struct netfront *n)
 {
     struct tx_response done[NET_RING];
-    int32_t count = ring_front_take(tx_of(n), done, NET_RING);
+    int32_t count = n->broken ? -EPROTO : ring_front_take(tx_of(n), done, NET_RING);
 
+    if (count < 0)
+        n->broken = 1;
     for (int32_t i = 0; i < count; i++) {
         if (done[i].id >= NET_RING || !n->tx_busy[done[i].id]) {
             n->broken = 1;
@@ -128,7 +130,7 @@ int32_t net_send(struct netfront *n, const void *head, uint32_t head_size, const
     uint32_t room, k;
 
     *sent = 0;
-    if (n->broken || net_reap(n) < 0)
+    if (net_reap(n) < 0)
         return -EPROTO;
     room = ring_front_free(tx_of(n));
     room = room < n->nr_tx_free ? room : n->nr_tx_free;
@@ -166,11 +168,11 @@ int32_t net_recv(struct netfront *n, void *out, uint32_t *lengths, uint32_t max,
     int32_t count;
 
     *received = 0;
-    if (n->broken)
+    count = n->broken ? -EPROTO : ring_front_take(rx_of(n), got, max < NET_RING ? max : NET_RING);
+    if (count < 0) {
+        n->broken = 1;
         return -EPROTO;
-    count = ring_front_take(rx_of(n), got, max < NET_RING ? max : NET_RING);
-    if (count < 0)
-        return -EPROTO;
+    }
     for (int32_t i = 0; i < count; i++) {
         const struct rx_response *r = &got[i];
 
