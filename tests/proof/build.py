@@ -46,7 +46,7 @@ PLAIN = Tool("plain", "gcc", ("-O2", "-Wl,-z,now"))  # as the modules are compil
 CHECKED = Tool("checked", "gcc", ("-O1", *ADDRESS))
 TRAPPED = Tool("trapped", "gcc", ("-O1", "-mgeneral-regs-only", "-fno-builtin", "-fcf-protection=none"))
 THREADS = Tool("threads", "clang", ("-O1", "-fsanitize=thread", "-pthread"))
-FUZZER = Tool("fuzzer", "clang", ("-O1", "-fsanitize=fuzzer", *ADDRESS))
+FUZZER = Tool("fuzzer", "clang", ("-O1", "-fsanitize=fuzzer", "-fno-sanitize-coverage=trace-cmp", *ADDRESS))
 
 
 @functools.cache

@@ -176,6 +176,10 @@ static void ask(struct input *in, struct peer *front)
         r.seg[s].first = (uint8_t)(n / 4 % 8);
         r.seg[s].last = (uint8_t)(r.seg[s].first + n / 32 % (8u - r.seg[s].first));
     }
+    if (rarely(in, 16))
+        r.nr_segments += (uint8_t)below(in, 32);
+    if (rarely(in, 8))
+        r.seg[below(in, SEGMENTS)].last += (uint8_t)(1 + below(in, 8));
     while (rarely(in, 3))
         poke(in, &r, 32); /* the head and the first segment */
     if (rarely(in, 8))

@@ -109,7 +109,7 @@ static void build(struct input *in, uint32_t from, uint8_t *f)
         write32(f + 28, guests[from].ip);
         return;
     }
-    f[14] = (uint8_t)(0x45 + options / 4);
+    f[14] = (uint8_t)(rarely(in, 16) ? 0x40 + below(in, 16) : 0x45 + options / 4);
     size = 28 + options + below(in, 200);
     write16(f + 16, size);
     write16(f + 20, rarely(in, 8) ? 100 : 0);
@@ -131,9 +131,9 @@ static void send_frame(struct input *in, uint32_t from)
     frame = g->sent[r.gref][0] + r.offset;
     if (r.offset + MOST <= PAGE)
         build(in, from, frame);
-    while (rarely(in, 3))
+    if (rarely(in, 3))
         poke(in, frame, 42);
-    while (rarely(in, 4))
+    if (rarely(in, 8))
         poke(in, &r, sizeof r);
     if (rarely(in, 12))
         r.size = MOST + 1;
