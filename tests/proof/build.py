@@ -43,7 +43,7 @@ class Tool(NamedTuple):
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 PLAIN = Tool("plain", "gcc", ("-O2", "-Wl,-z,now"))  # as the modules are compiled
-CHECKED = Tool("checked", "gcc", ("-O1", *ADDRESS))
+CHECKED = Tool("checked", "gcc", ("-O1", *ADDRESS, "-fsanitize=bounds-strict"))  # gcc: a last member is an array too
 TRAPPED = Tool("trapped", "gcc", ("-O1", "-mgeneral-regs-only", "-fno-builtin", "-fcf-protection=none"))
 THREADS = Tool("threads", "clang", ("-O1", "-fsanitize=thread", "-pthread"))
 FUZZER = Tool("fuzzer", "clang", ("-O1", "-fsanitize=fuzzer", "-fno-sanitize-coverage=trace-cmp", *ADDRESS))

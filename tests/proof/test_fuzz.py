@@ -62,6 +62,7 @@ DEFECTS = [
     defect("blk", BLK, "(r->op == WRITE && !v->writable)", "0", "a write to what is read-only"),
     defect("blk", BLK, "v->address[g->gref] <= 1", "!v->address[g->gref]", "a grant that was refused"),
     defect("blk", BLK, "order[j]->at == end", "order[j]->at <= end", "neighbours that overlap"),
+    defect("blk", BLK, "if (op == WRITE && overlap(order, n))", "if (0)", "the first of two writes holds"),
     defect("blk", BLK, "r->nr_segments > SEGMENTS || r->handle", "r->handle", "twelve segments"),
     defect("switch", SWITCH, "r->offset > PAGE - r->size ||", "", "a frame that leaves its page", always=True),
     defect("switch", SWITCH, "r->size > MAX_FRAME ||", "", "a frame longer than a buffer"),
@@ -91,7 +92,7 @@ def test_defects_are_found(name: str, changes: Changes) -> None:
 
 
 REVERTED = {
-    "blk/more-extents-than-segments": (BLK, "n == PIECES ||", "n == SEGMENTS ||"),
+    "blk/more-extents-than-segments": (BLK, "n == BLK_EXTENTS ||", "n == SEGMENTS ||"),
     "net/a-header-that-is-not-of-udp": (NET, "if (head_size && head_size != UDP_HEAD)", "if (head_size > UDP_HEAD)"),
     "net/one-ring-broken-the-other-goes-on": (NET, "    if (count < 0)\n        n->broken = 1;\n", ""),
 }
