@@ -160,7 +160,7 @@ def missing_commands(text: str) -> list[str]:
 
 def foreign_places(text: str) -> list[str]:
     """Paths of the machine on which somebody wrote it."""
-    found = re.findall(r"(?<![\w.])(?:/work|/root|/home/\w+|shared)/\S*", text)
+    found = re.findall(r"(?<![\w.])(?:/root|/home/\w+|/w\w+|shared)/\S*", text)
     return [f"a place of its writer's: {place}" for place in found]
 
 
@@ -241,7 +241,7 @@ MISTAKES: list[tuple[Rule, str, str]] = [
     (missing_classes, "`MonitorGone`", "`MonitorWent`"),
     (missing_commands, "`ring1 ledger`", "`ring1 inventory`"),
     (missing_commands, "`scripts/launch 20`", "`scripts/lunch 20`"),
-    (foreign_places, "`hypervisor/frames.py`", "`/work/ring1/hypervisor/frames.py`"),
+    (foreign_places, "`hypervisor/frames.py`", "`/home/somebody/ring1/hypervisor/frames.py`"),
     (wrong_limits, "| 1024 | `hypervisor.public.types.MAX_PORTS` |", "| 1023 | `hypervisor.public.types.MAX_PORTS` |"),
     (wrong_limits, "`dom0.store.MAX_NODES`", "`dom0.store.MAX_LEAVES`"),
     (wrong_calls_left_out, "1 mmu_update, ", ""),
