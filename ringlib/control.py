@@ -1,6 +1,7 @@
 """The object behind a SharedRing: how it comes to be, its control page, and the processes at its two ends.
 
-Control page: u32 magic, request_size, response_size, ring pages, payload pages; a line of each side @64 and @128
+It is a control page, the ring, payload, and, where the ring goes two ways, as many pages again to keep requests in. On the
+control page: u32 magic, request_size, response_size, ring pages, payload pages; a line of each side @64 and @128
 (shared.h), of which u32 pid @12 and u64 start time @16 say who that side is.
 """
 
@@ -23,7 +24,7 @@ PAGE = mmap.PAGESIZE
 RING_HEADER = 64
 FRONT, BACK = 0, 1
 HEAD = struct.Struct("<5I")
-MAGIC = 0x32676E72
+MAGIC = 0x33676E72
 WHO = struct.Struct("<IQ")  # as it lies in the file: pid @12 of a side's line, start time @16
 WHO_AT = (64 + 12, 128 + 12)
 MAX_PAGES = 1 << 20
@@ -40,7 +41,12 @@ class Sizes(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of the whole object."""
-        return (1 + self.ring + self.payload) * PAGE
+        return (1 + self.ring + self.payload + self.kept) * PAGE
+
+    @property
+    def kept(self) -> int:
+        """Pages at the end: requests, while a back writes answers over them. One way there are no answers."""
+        return self.ring if self.response else 0
 
     @property
     def possible(self) -> bool:

@@ -98,7 +98,8 @@ static inline int ring_front_init(struct ring_front *f, void *page, uint64_t byt
     return 0;
 }
 
-/* A backend begins where the responses stand: what is unanswered is taken again. */
+/* A backend begins where the responses stand: what is unanswered is taken again. But one that died while it wrote answers
+ * has written them over requests: after a death the frontend asks again, from its own copies, or somebody kept the slots. */
 static inline int ring_back_attach(struct ring_back *b, void *page, uint64_t bytes, uint32_t req_size, uint32_t rsp_size)
 {
     uint32_t slot = req_size > rsp_size ? req_size : rsp_size;

@@ -137,6 +137,31 @@ static int spin(struct shared *s, uint32_t want, int64_t ns)
     return 0;
 }
 
+/* ---- answers, two ways: one lies where its request lay
+ *
+ * A back that dies while it writes answers has spoilt requests that the next one is to take again. So they are put aside
+ * first, at the end of the object, and put back where their answers were not published. It costs a copy of each. */
+
+static void keep(struct shared *s, uint32_t n)
+{
+    struct ring_back *b = &s->back;
+
+    if (!s->kept || n > back_unanswered(b))
+        return;
+    ring_copy_out(b->sh, b->rsp_prod_pvt, b->nr_ents, b->slot_size, s->kept, b->req_size, n);
+    atomic_store_explicit(&s->control->end[BACK].kept, b->rsp_prod_pvt + n, memory_order_release);
+    atomic_thread_fence(memory_order_release); /* and only then an answer */
+}
+
+static void put_back(struct shared *s)
+{
+    struct ring_back *b = &s->back;
+    uint32_t n = atomic_load_explicit(&s->control->end[BACK].kept, memory_order_acquire) - b->rsp_prod_pvt;
+
+    if (s->kept && n <= b->nr_ents)
+        ring_copy_in(b->sh, b->rsp_prod_pvt, b->nr_ents, b->slot_size, s->kept, b->req_size, n);
+}
+
 /* ---- what Python calls: counts, or -EBADF closed by us, -EPIPE closed by the peer, -EPROTO poisoned, -EFAULT shrunk */
 
 static int32_t do_open(struct shared *s, const struct call *c)
@@ -153,12 +178,14 @@ static int32_t do_open(struct shared *s, const struct call *c)
         atomic_store(&s->control->end[BACK].door, 0); /* the last one's */
         r = ring_back_attach(&s->back, page, c->n, s->in_size, s->out_size);
         s->nr_ents = s->back.nr_ents;
+        if (!r)
+            put_back(s);
     }
     return r;
 }
 
-/* base: `bytes` of control page, `ring` bytes of ring, payload. The front, which made the object, initialises the ring.
- * Returns its entries; -EINVAL: not one record fits. */
+/* base: `bytes` of control page, `ring` bytes of ring, payload, and two ways as many again to keep requests in. The front,
+ * which made the object, initialises the ring. Returns its entries; -EINVAL: not one record fits. */
 int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint32_t side, uint32_t request_size,
                     uint32_t response_size)
 {
@@ -169,6 +196,7 @@ int32_t shared_open(void *state, void *base, uint64_t bytes, uint64_t ring, uint
     *s = (struct shared){.control = base, .bytes = bytes, .side = side, .knocker = -1};
     s->in_size = side == FRONT ? response_size : request_size;
     s->out_size = side == FRONT ? request_size : response_size;
+    s->kept = request_size && response_size ? (char *)base + bytes - ring : NULL;
     r = guarded(s, do_open, &(struct call){.n = ring});
     return r ? r : (int32_t)s->nr_ents;
 }
@@ -226,6 +254,7 @@ static int32_t do_publish(struct shared *s, const struct call *c)
         r = make_room(s, n, c->ns);
         r = r < 0 ? r : ring_front_publish(&s->front, c->in, n);
     } else {
+        keep(s, n);
         r = ring_back_publish(&s->back, c->in, n);
     }
     if (r < 0)

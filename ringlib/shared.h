@@ -16,7 +16,8 @@ struct end {
     uint32_t pid;
     uint64_t born;
     _Atomic uint32_t door;   /* not 0: this side waits at that socket (knock) and not on its bell */
-    uint8_t pad[36];
+    _Atomic uint32_t kept;   /* of the back: requests up to this index are kept, while answers are written over them */
+    uint8_t pad[32];
 };
 struct control {
     uint32_t magic, request_size, response_size, ring_pages, payload_pages, pad[11];
@@ -33,6 +34,7 @@ _Static_assert(sizeof(struct counts) == SHARED_COUNTS * sizeof(uint64_t), "Stati
 
 struct shared {
     struct control *control; /* NULL: closed by us */
+    void *kept;              /* requests, while answers are written over them; NULL: one way, nothing is */
     uint64_t bytes;
     uint32_t side, in_size, out_size, nr_ents, cpu, gone;
     int32_t knocker;         /* the socket to knock with; -1 before it is needed */

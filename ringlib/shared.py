@@ -70,7 +70,7 @@ class SharedRing:
         self._door: Door | None = None
         self._kept = b""
         self._map: mmap.mmap | None = mmap.mmap(fd, sizes.bytes)
-        self._payload = memoryview(self._map)[(1 + sizes.ring) * PAGE :]
+        self._payload = memoryview(self._map)[(1 + sizes.ring) * PAGE : (1 + sizes.ring + sizes.payload) * PAGE]
         self._state: Any = ffi.new("char[]", lib.SHARED_STATE)
         self._c_publish: Callable[[Any, Any, int, int], int] = lib.shared_publish
         self._c_take: Callable[[Any, Any, int, int], int] = lib.shared_take

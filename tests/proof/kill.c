@@ -1,4 +1,4 @@
-/* kill front|back|writer|reader EVERY: run one side of a ring step by step in a child, SIGKILL it after the first, the
+/* kill front|back|writer|reader|answerer EVERY: run one side of a ring step by step in a child, SIGKILL it after the first, the
  * EVERYth, the 2 * EVERYth ... instruction, and look each time as its peer would: no index that cannot be, no slot that is
  * half filled, nothing lost of what the dead one was told is done, and the ring goes on, with a new peer. Prints the points
  * and the violations; exit 77: this host refuses ptrace. */
@@ -14,13 +14,15 @@
 #include "ringlib.h"
 
 enum { REQUEST = 48, RESPONSE = 48, ENTRIES = 8, BYTES = 16, TEXT = 40, BEFORE = 5, MORE = 3 * ENTRIES };
+enum { RING = 64 + ENTRIES * REQUEST, OBJECT = 4096 + 2 * RING };
 
 /* What both processes see. `told`: what calls of the child's returned, so that it may count on it. */
 static struct shared {
-    _Alignas(64) char page[64 + ENTRIES * REQUEST];
+    _Alignas(64) char page[RING];
     _Atomic uint32_t told;
     _Atomic uint32_t cons, prod; /* of the byte ring */
     char bytes[BYTES];
+    _Alignas(64) char object[OBJECT]; /* of a SharedRing */
 } *shared;
 
 static struct ring_front front;
@@ -264,6 +266,95 @@ static void writer_remains(void)
     bytes_go_on(read);
 }
 
+/* ---- a SharedRing: what a back that died took and did not answer is taken again, whole, by the next one */
+
+static _Alignas(64) char asker[SHARED_STATE], answerer[SHARED_STATE];
+
+static void open_end(char *state, uint32_t side)
+{
+    if (shared_open(state, shared->object, OBJECT, RING, side, REQUEST, RESPONSE) != ENTRIES)
+        violation("the ring cannot be opened");
+}
+
+static void answer_requests(void)
+{
+    char in[ENTRIES * REQUEST], out[ENTRIES * RESPONSE];
+    int32_t n = shared_take(answerer, in, ENTRIES, 0);
+
+    for (int32_t i = 0; i < n; i++, got_requests++) {
+        if (!whole(in + i * REQUEST, REQUEST, got_requests))
+            violation("a request that is not whole, or not the next");
+        fill(out + i * RESPONSE, RESPONSE, 1000 + got_requests);
+    }
+    if (n < 0 || shared_publish(answerer, out, (uint64_t)n * RESPONSE, 0))
+        violation("the requests cannot be answered");
+}
+
+static void take_answers(void)
+{
+    char in[ENTRIES * RESPONSE];
+    int32_t n = shared_take(asker, in, ENTRIES, 0);
+
+    for (int32_t i = 0; i < n; i++)
+        if (!whole(in + i * RESPONSE, RESPONSE, 1000 + got_responses++))
+            violation("a response that is not whole, or not the next");
+}
+
+static void ask_more(uint32_t n)
+{
+    char out[ENTRIES * REQUEST];
+
+    for (uint32_t i = 0; i < n; i++)
+        fill(out + i * REQUEST, REQUEST, asked + i);
+    if (shared_publish(asker, out, (uint64_t)n * REQUEST, 0))
+        violation("the ring has no room any more");
+    asked += n;
+}
+
+/* Six answered; then five asked, four taken, none answered, the slots of them on both sides of the ring's end. */
+static void answerer_prepares(void)
+{
+    char in[ENTRIES * REQUEST];
+
+    asked = got_requests = got_responses = 0;
+    open_end(asker, 0);
+    open_end(answerer, 1);
+    ask_more(6);
+    answer_requests();
+    take_answers();
+    ask_more(BEFORE);
+    if (shared_take(answerer, in, BEFORE - 1, 0) != BEFORE - 1)
+        violation("the ring did not even begin");
+    for (uint32_t i = 0; i < 2; i++)
+        fill(responses + i * RESPONSE, RESPONSE, 1000 + got_requests + i);
+}
+
+static void answerer_acts(void)
+{
+    shared_publish(answerer, responses, RESPONSE, 0);
+    atomic_store(&shared->told, 1);
+    shared_publish(answerer, responses + RESPONSE, RESPONSE, 0);
+    atomic_store(&shared->told, 2);
+}
+
+static void asker_remains(void)
+{
+    uint32_t told = got_responses + atomic_load(&shared->told);
+
+    take_answers();
+    if (got_responses < told)
+        violation("a response that was published is lost");
+    got_requests = got_responses; /* a new back takes again what was not answered, and nothing else */
+    open_end(answerer, 1);
+    for (uint32_t i = 0; i < MORE && !wrong; i++) {
+        answer_requests();
+        take_answers();
+        if (got_responses != asked)
+            violation("something was lost on the way");
+        ask_more(1 + i % 3);
+    }
+}
+
 static const struct side {
     const char *name;
     uint32_t written; /* bytes that are there before */
@@ -273,6 +364,7 @@ static const struct side {
     {"back", 0, back_acts, front_remains},
     {"writer", 0, writer_acts, reader_remains},
     {"reader", BYTES, reader_acts, writer_remains},
+    {"answerer", 0, answerer_acts, asker_remains},
 };
 
 /* ---- the killer */
@@ -330,6 +422,8 @@ int main(int argc, char **argv)
 
         prepare();
         write_text(0, side->written);
+        if (side->acts == answerer_acts)
+            answerer_prepares();
         child = start(side);
         alive = step(child, at);
         if (alive) {

@@ -20,7 +20,7 @@ FEWEST = 150 // EVERY  # points of any side; fewer, and it was not run
 
 def kill(side: str, every: int, changes: Changes | None = None) -> tuple[int, int, str]:
     """Points at which a child was killed, violations that were found, and the first."""
-    path = program("kill.c", ["ringlib/ring.c"], PLAIN, changes)
+    path = program("kill.c", ["ringlib/ring.c", "ringlib/shared.c"], PLAIN, changes)
     done = subprocess.run([path, side, str(every)], capture_output=True, text=True, timeout=4 * TIMEOUT, check=False)
     if done.returncode == 77:
         pytest.skip("this host refuses ptrace")
@@ -30,7 +30,7 @@ def kill(side: str, every: int, changes: Changes | None = None) -> tuple[int, in
     return int(found[1]), int(found[2]), found[3] or ""
 
 
-@pytest.mark.parametrize("side", ["front", "back", "writer", "reader"])
+@pytest.mark.parametrize("side", ["front", "back", "writer", "reader", "answerer"])
 def test_killed_at_any_instruction(side: str) -> None:
     points, violations, first = kill(side, EVERY)
     assert violations == 0, first
@@ -57,9 +57,10 @@ def late(copy: str, rest: str) -> tuple[str, str]:
     [
         ("front", {"ringlib/ring.h": [late(FRONT_COPY, FRONT_REST)]}, "a request that is not whole"),
         ("back", {"ringlib/ring.h": [late(BACK_COPY, BACK_REST)]}, "a response that is not whole"),
+        ("answerer", {"ringlib/shared.c": [("        keep(s, n);\n", "")]}, "a request that is not whole"),
         ("writer", {"ringlib/ring.c": [late(WRITE_COPY, WRITE_STORE)]}, "a byte that was not written"),
     ],
 )
-def test_publishing_before_filling_is_seen(side: str, changes: Changes, says: str) -> None:
+def test_publishing_before_filling_or_writing_over_what_is_needed_is_seen(side: str, changes: Changes, says: str) -> None:
     _, violations, first = kill(side, 3, changes)
     assert violations and says in first
