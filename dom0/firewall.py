@@ -6,7 +6,8 @@
 
 ADDRESS may be "any". "in" is the vif a frame comes from, "out" the one it goes to; a vif that does not exist matches
 nothing. A rule with a port matches no packet that shows none, such as a later fragment; 0-65535 is as if there were no
-port in the rule. Without a default line the default is drop. ARP passes always, after the check against spoofing.
+port in the rule. Without a default line the default is drop. ARP passes after the check against spoofing,
+in frames of at most 60 bytes.
 """
 
 from __future__ import annotations

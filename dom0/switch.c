@@ -10,6 +10,7 @@
 #define HEADER 128u
 #define MIN_FRAME 14u
 #define MAX_FRAME 1514u
+#define ARP_FRAME 60u /* the shortest frame of a wire: ARP and its padding; a longer one would carry data past the rules */
 #define PAGE 4096u
 
 struct tx_request {
@@ -135,8 +136,8 @@ int32_t firewall_judge(struct nswitch *sw, const void *header, uint32_t copied, 
     struct key k = {0};
     uint16_t type = copied >= MIN_FRAME ? be16(h + 12) : 0;
 
-    if (type == 0x0806)
-        return RULE_ACCEPT; /* ARP carries no payload; its sender was checked against spoofing */
+    if (type == 0x0806 && size <= ARP_FRAME)
+        return RULE_ACCEPT; /* no room for more than the message; its sender was checked against spoofing */
     if (type != 0x0800 || !parse(h, copied, size, &k)) {
         sw->malformed++;
         return RULE_DROP;

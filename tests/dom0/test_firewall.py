@@ -173,7 +173,7 @@ def wants(packet: Packet) -> tuple[str, bool]:
     """("arp" | "bad" | "ip", whether its ports can be seen), by the lengths alone."""
     copied = min(packet.size, 128)
     if packet.type == 0x0806:
-        return "arp", False
+        return ("arp" if packet.size <= 60 else "bad"), False
     header = packet.ihl * 4
     whole = copied >= 34 and packet.version == 4 and header >= 20 and 14 + header <= copied
     if packet.type != 0x0800 or not whole or packet.total < header or 14 + packet.total > packet.size:
@@ -286,3 +286,14 @@ def test_a_vif_that_is_not_there_matches_nothing(net: tuple[Any, Any]) -> None:
         lib.firewall_judge(switch, frame, len(frame), len(frame), slot, slot)
     assert not switch.rules[0].hits and not switch.rules[1].hits
     assert firewall.ANY_PORT == ANY_PORT == (0, 65535)
+
+
+def test_arp_carries_nothing_past_the_rules(net: tuple[Any, Any]) -> None:
+    """A frame that says ARP and is longer than ARP with its padding is judged as nonsense, whatever the rules."""
+    ffi, lib = net
+    switch = ffi.new("struct nswitch *")
+    switch.accept_by_default = 1
+    for size, verdict in ((42, lib.RULE_ACCEPT), (60, lib.RULE_ACCEPT), (61, lib.RULE_DROP), (1514, lib.RULE_DROP)):
+        frame = (bytes(12) + b"\x08\x06").ljust(size, b"\1")
+        assert lib.firewall_judge(switch, frame, min(size, 128), size, 0, 1) == verdict, size
+    assert switch.malformed == 2
