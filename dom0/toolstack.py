@@ -268,7 +268,6 @@ class Toolstack:
         await self.drivers.ended(guest)
         guest.buried.set()
 
-
     async def _take_away(self, guest: Guest, device: Device) -> None:
         """A device of a domain that ended; where that was the backend's, there is nobody to wait for."""
         if device.backend == guest.domid:

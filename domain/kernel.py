@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from domain import memory, sched
-from domain._guest import ffi, lib
+from domain._guest import lib
 from domain.console import Console
 from domain.evtchn import EventChannels
 from domain.grant import Grants
@@ -62,7 +62,6 @@ class Kernel:
         self.scheduler = Scheduler(self.now_ns, self._idle)
         self._poll = select.poll()
         self._waiting: dict[int, Event] = {}
-        self._timer_port = 0
         self._timer_set = 0
 
     # ---- boot
@@ -72,7 +71,7 @@ class Kernel:
         sched.install(self.scheduler)
         self.scheduler.on_error = self._task_failed
         self._poll.register(self.start.upcall_fd, select.POLLIN)  # upcalls
-        self._timer_port = self.evtchn.bind_virq(VIRQ_TIMER)  # time
+        self.evtchn.bind_virq(VIRQ_TIMER)  # time
         if self.start.store_evtchn:
             self.evtchn.adopt(self.start.store_evtchn)
             self.evtchn.adopt(self.start.console_evtchn)
@@ -231,8 +230,3 @@ class _NotPreloaded:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         raise ImportError(f"{name} is not preloaded, and a locked domain opens no file (the list: hypervisor/zygote.py)")
-
-
-def address_of(pointer: Any) -> int:
-    """The number of a cffi pointer."""
-    return int(ffi.cast("uintptr_t", pointer))

@@ -113,7 +113,7 @@ class Domain:
         self.reserved_vas: set[int] = set()
         self.next_handle = 1
         # counters
-        self.hypercalls = self.lost_replies = self.parkings = 0
+        self.hypercalls = 0
         self.cpu_ns = 0
 
     def __repr__(self) -> str:

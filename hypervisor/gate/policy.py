@@ -18,7 +18,7 @@ import struct
 
 from hypervisor.public.layout import FD_DESCRIPTORS
 
-LOAD, JUMP_EQ, JUMP_GE, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, JUMP_EQ, JUMP_GE, RETURN = 0x20, 0x15, 0x35, 0x06
 KILL, ALLOW = 0x80000000, 0x7FFF0000
 NR, ARCH = 0, 4  # offsets in struct seccomp_data
 AUDIT_ARCH_X86_64 = 0xC000003E
