@@ -1,9 +1,11 @@
 """What dom0 may do to a domain. Every call is PRIVILEGED. Source: xen/include/public/domctl.h.
 
     dom0                                      hypervisor
-    CreateDomain ---------------------------> frames, queues, process, monitor, boot mapping; replies when all are there
-    MapForeign .. write image .. UnmapForeign
-    LaunchInfo (native kernels)
+    CreateDomain ---------------------------> frames, queues, process, monitor; replies when all are there
+    GetMemList                                which frames
+    MapForeign .. write image and tables .. UnmapForeign
+    MmuextOp PIN_L3, for the domain --------> validates them
+    LaunchInfo -----------------------------> loads the root into window 0
     UnpauseDomain --------------------------> "go": from here on dom0 can map nothing of it
 """
 
@@ -95,6 +97,27 @@ class GetDomainInfo(Hypercall[DomainInfo]):
         return DomainInfo(*values)
 
 
+class SetMaxMem(Hypercall[None]):
+    """Let it own at most `max_frames` from now on; what it has above, it keeps. Raises NoSuchDomain, Invalid (dead)."""
+
+    OP, CMD, PRIVILEGED = OP_DOMCTL, 11, True
+    domid: U16
+    max_frames: U32
+
+
+class GetMemList(Hypercall[int]):
+    """Write the u64 mfns of `count` frames (at most MAX_BATCH) of a domain being built, from the `first` on, at `address`.
+
+    Their order is that of its pfns. Returns how many. Raises NoSuchDomain, NotPermitted (already unpaused), BadAddress.
+    """
+
+    OP, CMD, PRIVILEGED = OP_DOMCTL, 6, True
+    domid: U16
+    first: U32
+    count: U32
+    address: U64
+
+
 class MapForeign(Hypercall[None]):
     """Map `count` frames (at most MAX_BATCH) of a domain being built, from `pfn` on, at the caller's `address`, read-write.
 
@@ -117,13 +140,13 @@ class UnmapForeign(Hypercall[None]):
 
 
 class LaunchInfo(Hypercall[None]):
-    """Where a NATIVE domain is entered (guest-virtual) and which of its frames are executable, read-only from then on.
+    """Load the root that a domain being built starts with, which is pinned (frame `root`), into window 0; a NATIVE one is
+    entered at `entry`, guest-virtual, which its tables must let it execute (0: any other).
 
-    Raises NoSuchDomain, NotPermitted (already unpaused), Invalid (outside the reservation; entry not executable).
+    Raises NoSuchDomain, NotPermitted (already unpaused), Exists (given before), Invalid (no pinned root of its own; entry).
     """
 
     OP, CMD, PRIVILEGED = OP_DOMCTL, 1002, True
     domid: U16
+    root: U64
     entry: U64
-    text_pfn: U32
-    text_count: U32

@@ -4,7 +4,7 @@ Entry, 8 bytes, in the granter's own frames GRANT_PFN.. (xen/include/public/gran
 
     0 u16 flags   [DOM] type, GTF_READONLY      [HV] GTF_READING, GTF_WRITING while mapped
     2 u16 domid   [DOM] who may map
-    4 u32 frame   [DOM] PSEUDO-physical frame number (a guest of ring1 names its own frames; Xen has the mfn here)
+    4 u32 frame   [DOM] the mfn; of an entry that takes one, [HV] the mfn that came
 
 To grant: write domid and frame, barrier, write flags. To end: clear flags by compare-and-swap, which fails while
 GTF_READING or GTF_WRITING is set. The hypervisor decides from the entry it copied at map time, never from later reads.
@@ -15,12 +15,12 @@ map and unmap take arrays in guest memory:
     gnttab_map_grant_ref    32 bytes: u64 host_addr IN guest-virtual; u32 flags IN; u32 ref IN; u16 dom IN; s16 status OUT;
                                       u32 handle OUT; u64 dev_bus_addr OUT (the mfn)
     gnttab_unmap_grant_ref  24 bytes: u64 host_addr IN; u64 dev_bus_addr (unused); u32 handle IN; s16 status OUT; u16 pad
-    gnttab_transfer         24 bytes: u64 pfn IN @0; u16 domid IN @8; u32 ref IN @12; s16 status OUT @16
-    gnttab_copy             40 bytes: source @0, dest @16, each u64 ref or own pfn, u16 domid @8, u16 offset @10;
+    gnttab_transfer         24 bytes: u64 mfn IN @0; u16 domid IN @8; u32 ref IN @12; s16 status OUT @16
+    gnttab_copy             40 bytes: source @0, dest @16, each u64 ref or own mfn, u16 domid @8, u16 offset @10;
                                       u16 len @32, u16 flags @34 (1 source is a ref, 2 dest is); s16 status OUT @36
 
-To take a frame by transfer, a domain makes a hole in its p2m (memory_op), writes an entry ACCEPT_TRANSFER whose frame is
-that pfn and whose domid is the giver's; TRANSFER_COMPLETED says that the frame is there, mapped, with its contents.
+A frame that is a page table can be granted for reading alone. To take a frame by transfer, a domain writes an entry
+ACCEPT_TRANSFER whose domid is the giver's; TRANSFER_COMPLETED says that the entry's frame is now its own, with its contents.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class GrantStatus(IntEnum):
     BAD_COPY_ARG = -10
     ADDRESS_TOO_BIG = -11
     EAGAIN = -12
+    NO_SPACE = -13  # a transfer to a domain that owns its maximum
 
 
 class QuerySizeReply(NamedTuple):
@@ -110,7 +111,7 @@ class GrantUnmap(Hypercall[int]):
 
 
 class GrantSetupTable(Hypercall[None]):
-    """Write the pfns of the table of `domid` (another's: dom0 only), `nr_frames` of them, at `address` as u64.
+    """Write the mfns of the table of `domid` (another's: dom0 only), `nr_frames` of them, at `address` as u64.
 
     The table is where it is from the beginning; this is for kernels that ask. Raises NoSuchDomain, NotPermitted,
     Invalid (more frames than GRANT_FRAMES), BadAddress.
@@ -126,7 +127,7 @@ class GrantTransfer(Hypercall[int]):
     """Give the `count` frames described at guest-virtual `address` to other domains: a page flip. Returns how many went.
 
     Each entry has a status of its own: BAD_PAGE for a frame that cannot leave (as DecreaseReservation), BAD_DOMAIN,
-    BAD_GNTREF (no ACCEPT_TRANSFER entry for us, or its pfn is no hole). Raises BadAddress, TooBig (MAX_BATCH).
+    BAD_GNTREF (no ACCEPT_TRANSFER entry for us), NO_SPACE. Raises BadAddress, TooBig (MAX_BATCH).
     """
 
     OP, CMD = OP_GRANT_TABLE, 4

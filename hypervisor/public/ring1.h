@@ -1,9 +1,9 @@
 /* ring1's contract for C: the numbers and records of hypervisor/public.
  *
  * For freestanding programs: needs the compiler's <stddef.h> and <stdint.h> and nothing else. ABI.md says what everything
- * means and who writes what; ring1_message.h writes hypercalls down, io/ring1_io.h has the devices. Names are Xen's where
- * Xen has the thing, RING1_ where it is ours. tests/contracts/test_header.py compares every value here with the Python,
- * and ABI.md with both.
+ * means and who writes what; ring1_mmu.h has page tables, ring1_message.h writes hypercalls down, io/ring1_io.h has the
+ * devices. Names are Xen's where Xen has the thing, RING1_ where it is ours. tests/contracts/test_header.py compares
+ * every value here with the Python, and ABI.md with both.
  *
  * x86-64, little-endian. What the other side may be changing is read by __atomic_load_n, once; only the copy is believed. */
 #ifndef RING1_H
@@ -24,12 +24,15 @@
 #define RING1_PAGE_SHIFT 12
 #define RING1_SPACE_BYTES 0x8000000000
 #define RING1_KERNEL_WINDOW 0x200000000000
-#define RING1_VIRT_BASE 0x100000           /* the reservation: frame pfn at VIRT_BASE + pfn * 4096 */
+#define RING1_NR_WINDOWS 16                /* side by side, one for each root that is loaded; the first is the boot root's */
+#define RING1_VIRT_BASE 0x100000           /* the reservation at start: frame pfn at VIRT_BASE + pfn * 4096 */
 #define RING1_GRANT_BASE 0x4000000000      /* from here to HYPERVISOR_VIRT_START a domain maps what it was granted */
 #define RING1_HYPERVISOR_VIRT_START 0x7ffc000000 /* the top 64 MB */
 #define RING1_MONITOR_CODE 0x7ffc000000
 #define RING1_COMMANDS 0x7ffc001000
 #define RING1_COMMAND_PAGES 3
+#define RING1_M2P 0x7ffc100000             /* u64 pfn of every machine frame, read-only */
+#define RING1_M2P_BYTES 0x3e00000          /* at most */
 #define RING1_SHARED_INFO 0x7ffffff000     /* the last page, read-write */
 
 #define RING1_SHARED_INFO_PFN 0
@@ -45,8 +48,8 @@
 #define RING1_FD_REPLY 9                   /* POSIX queue: replies in */
 #define RING1_FD_UPCALL 10                 /* signalfd of RING1_UPCALL_SIGNAL */
 #define RING1_FD_DESCRIPTORS 11            /* driver domains only */
+#define RING1_FD_FAULT 12                  /* page faults; the entry code's */
 #define RING1_UPCALL_SIGNAL 12             /* SIGUSR2, blocked for good */
-#define RING1_FAULT_NR 0x1f00              /* reserved: a system call that does not exist */
 
 /* ---- limits */
 
@@ -58,6 +61,12 @@
 #define RING1_MAX_BATCH 512
 #define RING1_NAME_BYTES 32
 #define RING1_CONSOLE_BYTES 200
+#define RING1_MAX_ORDER 9
+#define RING1_MAX_EXCHANGE 1024
+#define RING1_MAX_TRAPS 256
+#define RING1_MIN_PERIOD_NS 1000000
+#define RING1_TIME_STABLE 1                /* vcpu_time_info.flags: the record holds on every CPU */
+#define RING1_INVALID_PFN 0xffffffffffffffff
 
 #define DOMID_FIRST_RESERVED 0x7ff0
 #define DOMID_SELF 0x7ff0
@@ -86,11 +95,30 @@ enum {                                     /* statuses of a reply; 0 is success 
 
 /* ---- hypercalls: the number, then the sub-operation (its first field), then the fields */
 
+#define __HYPERVISOR_set_trap_table 0      /* no sub-operation: u64 address */
+#define __HYPERVISOR_mmu_update 1          /* no sub-operation: u64 address, u32 count, u64 done, u16 domid -> how many */
+#define __HYPERVISOR_set_gdt 2             /* no sub-operation: u64 address, u32 entries */
+#define __HYPERVISOR_update_descriptor 10  /* no sub-operation: u64 address, u64 descriptor */
+#define __HYPERVISOR_update_va_mapping 14  /* no sub-operation: u64 va, u64 value, u64 flags */
+#define __HYPERVISOR_mmuext_op 26          /* no sub-operation: u64 address, u32 count, u64 done, u16 domid -> how many */
+
+#define __HYPERVISOR_platform_op 7
+#define XENPF_settime64 62                 /* u64 sec, u32 nsec, u64 system_time; dom0's */
+
 #define __HYPERVISOR_memory_op 12
-#define XENMEM_decrease_reservation 1      /* u64 address, u32 count -> how many were done */
+#define XENMEM_increase_reservation 0      /* u64 address, u32 count, u32 order -> how many were done */
+#define XENMEM_decrease_reservation 1      /* u64 address, u32 count, u32 order -> how many were done */
 #define XENMEM_current_reservation 3       /* u16 domid -> frames */
 #define XENMEM_maximum_reservation 4       /* u16 domid -> frames */
-#define XENMEM_populate_physmap 6          /* u64 address, u32 count -> how many were done */
+#define XENMEM_populate_physmap 6          /* u64 address, u32 count, u32 order -> how many were done */
+#define XENMEM_exchange 11                 /* u64 in_address, u32 in_count, u32 in_order, the same of out -> how many */
+#define XENMEM_machphys_mapping 12         /* -> start, end, max_mfn */
+
+#define __HYPERVISOR_vcpu_op 24
+#define VCPUOP_get_runstate_info 4         /* -> state, running, runnable, blocked, offline */
+#define VCPUOP_set_periodic_timer 6        /* u64 period_ns */
+#define VCPUOP_stop_periodic_timer 7
+#define RING1_VCPUOP_set_virtual_timer 1000 /* u64 deadline_ns */
 
 #define __HYPERVISOR_multicall 13          /* no sub-operation: u64 address, u32 count */
 #define __HYPERVISOR_set_timer_op 15       /* no sub-operation: u64 deadline_ns */
@@ -103,6 +131,7 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define __HYPERVISOR_console_io 18
 #define CONSOLEIO_write 0                  /* bytes data */
 
+#define __HYPERVISOR_vm_assist 21          /* no sub-operation: u32 cmd, u32 type */
 #define __HYPERVISOR_grant_table_op 20
 #define GNTTABOP_map_grant_ref 0           /* u64 address, u32 count -> how many with status 0 */
 #define GNTTABOP_unmap_grant_ref 1         /* u64 address, u32 count -> how many with status 0 */
@@ -141,9 +170,11 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define XEN_DOMCTL_pausedomain 3           /* u16 domid */
 #define XEN_DOMCTL_unpausedomain 4         /* u16 domid */
 #define XEN_DOMCTL_getdomaininfo 5         /* u16 domid -> 16 values */
+#define XEN_DOMCTL_getmemlist 6            /* u16 domid, u32 first, u32 count, u64 address -> how many */
+#define XEN_DOMCTL_max_mem 11              /* u16 domid, u32 max_frames */
 #define RING1_DOMCTL_map_foreign 1000      /* u16 domid, u32 pfn, u32 count, u64 address */
 #define RING1_DOMCTL_unmap_foreign 1001    /* u64 address, u32 count */
-#define RING1_DOMCTL_launch_info 1002      /* u16 domid, u64 entry, u32 text_pfn, u32 text_count */
+#define RING1_DOMCTL_launch_info 1002      /* u16 domid, u64 root, u64 entry */
 
 #define RING1_OP_callring 48               /* __HYPERVISOR_arch_0 of Xen */
 #define RING1_CALLRING_setup 0             /* u64 address */
@@ -169,6 +200,13 @@ enum {
     RING1_CREATE_DRIVER = 2,
     RING1_CREATE_DEBUG = 4,
     RING1_CREATE_UNFILTERED = 8,
+};
+
+enum {
+    RUNSTATE_running = 0,
+    RUNSTATE_runnable = 1,
+    RUNSTATE_blocked = 2,
+    RUNSTATE_offline = 3,
 };
 
 struct multicall_entry {
@@ -205,7 +243,8 @@ struct start_info {
     uint32_t store_evtchn;
     uint64_t console_pfn;
     uint32_t console_evtchn;
-    uint64_t pt_base, nr_pt_frames, mfn_list; /* 0 */
+    uint64_t pt_base, nr_pt_frames;        /* the boot page tables, guest-virtual, the root first; what follows is free */
+    uint64_t mfn_list;                     /* u64 mfn of every pfn, guest-virtual */
     uint64_t mod_start, mod_len;           /* guest-virtual; 0 for a native kernel */
     char cmd_line[RING1_CMDLINE_BYTES];
     uint64_t first_p2m_pfn, nr_p2m_frames; /* 0 */
@@ -230,25 +269,26 @@ struct ring1_start_info {                  /* ring1's own part, at RING1_EXTENSI
     uint32_t nr_grant_entries, pad1;
     char name[64];
     char entry[64];                        /* "" for a native kernel */
+    uint64_t max_pages;                    /* pfns that the boot tables and mfn_list have room for */
 };
-RING1_SIZE(ring1_start_info, 200); RING1_AT(ring1_start_info, virt_base, 0); RING1_AT(ring1_start_info, window, 8);
+RING1_SIZE(ring1_start_info, 208); RING1_AT(ring1_start_info, virt_base, 0); RING1_AT(ring1_start_info, window, 8);
 RING1_AT(ring1_start_info, domid, 16); RING1_AT(ring1_start_info, request_mqd, 20);
 RING1_AT(ring1_start_info, reply_mqd, 24); RING1_AT(ring1_start_info, upcall_fd, 28);
 RING1_AT(ring1_start_info, descriptors_fd, 32); RING1_AT(ring1_start_info, boot_ns, 40);
 RING1_AT(ring1_start_info, grant_table, 48); RING1_AT(ring1_start_info, shared_info, 56);
 RING1_AT(ring1_start_info, nr_grant_entries, 64); RING1_AT(ring1_start_info, name, 72);
-RING1_AT(ring1_start_info, entry, 136);
+RING1_AT(ring1_start_info, entry, 136); RING1_AT(ring1_start_info, max_pages, 200);
 
 struct ring1_start_page {
     struct start_info xen;
     uint8_t pad[RING1_EXTENSION - sizeof(struct start_info)];
     struct ring1_start_info own;
 };
-RING1_SIZE(ring1_start_page, 2248); RING1_AT(ring1_start_page, own, RING1_EXTENSION);
+RING1_SIZE(ring1_start_page, 2256); RING1_AT(ring1_start_page, own, RING1_EXTENSION);
 
 /* ---- shared_info: the page that the hypervisor and the kernel both write, at RING1_SHARED_INFO and in frame 0 */
 
-struct vcpu_time_info {                    /* not filled in this version */
+struct vcpu_time_info {                    /* an odd version: it is being written */
     uint32_t version, pad0;
     uint64_t tsc_timestamp, system_time;
     uint32_t tsc_to_system_mul;
@@ -264,7 +304,7 @@ struct vcpu_info {
     uint8_t evtchn_upcall_mask;            /* the kernel's; SCHEDOP_block clears it */
     uint8_t pad[6];
     uint64_t evtchn_pending_sel;           /* a bit for each word of evtchn_pending */
-    uint64_t cr2, arch_pad;                /* not filled in this version */
+    uint64_t cr2, arch_pad;                /* of the last page fault that was bounced: an offset from KERNEL_WINDOW */
     struct vcpu_time_info time;
 };
 RING1_SIZE(vcpu_info, 64); RING1_AT(vcpu_info, evtchn_upcall_pending, 0); RING1_AT(vcpu_info, evtchn_upcall_mask, 1);
@@ -275,12 +315,14 @@ struct shared_info {
     struct vcpu_info vcpu_info[32];        /* a domain has one virtual CPU: the first */
     uint64_t evtchn_pending[64];           /* port p is bit p % 64 of word p / 64 */
     uint64_t evtchn_mask[64];
-    uint32_t wc_version, wc_sec, wc_nsec, wc_sec_hi; /* not filled in this version */
+    uint32_t wc_version, wc_sec, wc_nsec, wc_sec_hi; /* Unix time of system time 0 */
     uint64_t arch[6];
+    uint64_t window;                       /* ring1's own: host address of guest-virtual 0 in the current space */
 };
-RING1_SIZE(shared_info, 3136); RING1_AT(shared_info, vcpu_info, 0); RING1_AT(shared_info, evtchn_pending, 2048);
+RING1_SIZE(shared_info, 3144); RING1_AT(shared_info, vcpu_info, 0); RING1_AT(shared_info, evtchn_pending, 2048);
 RING1_AT(shared_info, evtchn_mask, 2560); RING1_AT(shared_info, wc_version, 3072); RING1_AT(shared_info, wc_sec, 3076);
 RING1_AT(shared_info, wc_nsec, 3080); RING1_AT(shared_info, wc_sec_hi, 3084); RING1_AT(shared_info, arch, 3088);
+RING1_AT(shared_info, window, 3136);
 
 /* ---- grants */
 
@@ -312,6 +354,7 @@ enum {
     GNTST_bad_copy_arg = -10,
     GNTST_address_too_big = -11,
     GNTST_eagain = -12,
+    GNTST_no_space = -13,
 };
 enum {
     GNTCOPY_source_gref = 1,
@@ -323,7 +366,7 @@ enum {
 
 struct grant_entry_v1 {                    /* one 64-bit word: write domid and frame first, flags last */
     uint16_t flags, domid;
-    uint32_t frame;                        /* a pfn of the granter */
+    uint32_t frame;                        /* an mfn of the granter; of accept_transfer, OUT: the one that came */
 };
 RING1_SIZE(grant_entry_v1, 8); RING1_AT(grant_entry_v1, flags, 0); RING1_AT(grant_entry_v1, domid, 2);
 RING1_AT(grant_entry_v1, frame, 4);
@@ -352,17 +395,17 @@ RING1_AT(gnttab_unmap_grant_ref, dev_bus_addr, 8); RING1_AT(gnttab_unmap_grant_r
 RING1_AT(gnttab_unmap_grant_ref, status, 20);
 
 struct gnttab_transfer {
-    uint64_t pfn;                          /* the caller's frame that goes */
+    uint64_t mfn;                          /* the caller's frame that goes */
     uint16_t domid;
     uint32_t ref;                          /* an entry of domid's, GTF_accept_transfer */
     int16_t status;                        /* OUT */
     uint16_t pad[3];
 };
-RING1_SIZE(gnttab_transfer, 24); RING1_AT(gnttab_transfer, pfn, 0); RING1_AT(gnttab_transfer, domid, 8);
+RING1_SIZE(gnttab_transfer, 24); RING1_AT(gnttab_transfer, mfn, 0); RING1_AT(gnttab_transfer, domid, 8);
 RING1_AT(gnttab_transfer, ref, 12); RING1_AT(gnttab_transfer, status, 16);
 
 struct gnttab_copy_ptr {
-    uint64_t frame;                        /* a reference where the flag says so, else a pfn of the caller */
+    uint64_t frame;                        /* a reference where the flag says so, else an mfn of the caller */
     uint16_t domid, offset;
     uint32_t pad;
 };

@@ -5,10 +5,11 @@ by the builder [DOM0], read once by the guest.
 
 shared_info (xen.h, x86-64, 3136 bytes), who writes:
     0     vcpu_info[0]: u8 upcall_pending [HV sets, DOM clears], u8 upcall_mask [DOM], u64 @8 pending_sel [HV sets, DOM takes],
-          u64 @16 cr2, @32 vcpu_time_info (32 bytes): not filled in this version
+          u64 @16 cr2 [HV], @32 vcpu_time_info (32 bytes): not filled in this version
     2048  u64 evtchn_pending[64]  [HV sets, DOM clears]
     2560  u64 evtchn_mask[64]     [DOM; HV by unmask]
     3072  u32 wc_version, u32 wc_sec, u32 wc_nsec, u32 wc_sec_hi: not filled in this version
+    3136  u64 window [HV]: host address of guest-virtual 0 in the current space
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ EXTENSION = 2048
 SHARED_UPCALL_PENDING = 0
 SHARED_UPCALL_MASK = 1
 SHARED_PENDING_SEL = 8
+SHARED_CR2 = 16
 SHARED_TIME = 32
 SHARED_PENDING = 2048
 SHARED_MASK = 2560
 SHARED_WALLCLOCK = 3072
+SHARED_WINDOW = 3136  # after Xen's part
 
 SIF_PRIVILEGED = 1  # dom0
 SIF_INITDOMAIN = 2
 
 _XEN = struct.Struct("<32sQQIxxxxQIxxxxQIxxxxQQQQQ1024sQQ")
-_OWN = struct.Struct("<QQIiiiiIQQQI4x64s64s")
+_OWN = struct.Struct("<QQIiiiiIQQQI4x64s64sQ")
 assert _XEN.size == 1168
 
 
@@ -64,31 +67,37 @@ class StartInfo:
     grant_table: int
     nr_grant_entries: int
     entry: str  # the module a driver domain or dom0 runs, "" for a delivered image
+    pt_base: int = 0  # the boot page tables, guest-virtual: the root first; what follows them is free
+    nr_pt_frames: int = 0
+    mfn_list: int = 0  # u64 mfn of every pfn, guest-virtual; INVALID_PFN from nr_pages to max_pages
+    max_pages: int = 0  # pfns that the boot page tables and mfn_list have room for
 
     def pack(self) -> bytes:
         """One page."""
         page = bytearray(PAGE_SIZE)
         _XEN.pack_into(
             page, 0, MAGIC, self.nr_pages, self.shared_info, self.flags, self.store_pfn, self.store_evtchn, self.console_pfn,
-            self.console_evtchn, 0, 0, 0, self.mod_start, self.mod_len, self.cmdline.encode()[: CMDLINE_BYTES - 1], 0, 0,
+            self.console_evtchn, self.pt_base, self.nr_pt_frames, self.mfn_list, self.mod_start, self.mod_len,
+            self.cmdline.encode()[: CMDLINE_BYTES - 1], 0, 0,
         )  # fmt: skip
         _OWN.pack_into(
             page, EXTENSION, self.virt_base, self.window, self.domid, self.request_mqd, self.reply_mqd, self.upcall_fd,
             self.descriptors_fd, 0, self.boot_ns, self.grant_table, self.shared_info, self.nr_grant_entries,
-            self.name.encode()[:63], self.entry.encode()[:63],
+            self.name.encode()[:63], self.entry.encode()[:63], self.max_pages,
         )  # fmt: skip
         return bytes(page)
 
     @classmethod
     def unpack(cls, page: bytes) -> StartInfo:
         """From a copy of the page. Raises ValueError for another magic."""
-        magic, nr, shared, flags, store, sport, cons, cport, _pt, _npt, _p2m, mod, length, cmd, _, _ = _XEN.unpack_from(page)
+        magic, nr, shared, flags, store, sport, cons, cport, pt, npt, p2m, mod, length, cmd, _, _ = _XEN.unpack_from(page)
         if magic.rstrip(b"\0") != MAGIC:
             raise ValueError(f"start_info: magic {magic!r}")
-        base, window, domid, rq, rp, up, desc, _, boot, grants, _, entries, name, entry = _OWN.unpack_from(page, EXTENSION)
+        own = _OWN.unpack_from(page, EXTENSION)
+        base, window, domid, rq, rp, up, desc, _, boot, grants, _, entries, name, entry, room = own
         return cls(
             nr, flags, store, sport, cons, cport, mod, length, _text(cmd), domid, _text(name), base, window, shared, rq, rp, up,
-            desc, boot, grants, entries, _text(entry),
+            desc, boot, grants, entries, _text(entry), pt, npt, p2m, room,
         )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ MAX_PORTS = 1024  # a domain may have this many bound at once
 MAX_MAPTRACK = 8192  # grants a domain may have mapped at once
 MAX_BATCH = 512  # entries of one array handed over by address
 NAME_BYTES = 32  # a domain's name, UTF-8
+INVALID_PFN = (1 << 64) - 1  # in the M2P: nobody named this frame
 CONSOLE_BYTES = 200  # one console_io write carried in the message itself
 
 

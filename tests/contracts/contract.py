@@ -25,6 +25,7 @@ from hypervisor import dispatch
 from hypervisor.gate import boot
 from hypervisor.public import (
     callring,
+    clock,
     console,
     domctl,
     errors,
@@ -33,9 +34,12 @@ from hypervisor.public import (
     hypercall,
     layout,
     memory,
+    mmu,
     sched,
+    segments,
     start_info,
     sysctl,
+    traps,
     types,
     version,
 )
@@ -46,7 +50,7 @@ from hypervisor.public.types import Bits, Text
 from tests.conftest import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEADERS = ("ring1.h", "ring1_message.h", "io/ring1_io.h")
+HEADERS = ("ring1.h", "ring1_mmu.h", "ring1_message.h", "io/ring1_io.h")
 Field = tuple[int, str, str]
 Value = int | str
 
@@ -54,13 +58,26 @@ Value = int | str
 
 PREFIX: dict[ModuleType, str] = {
     types: "RING1_", layout: "RING1_", start_info: "RING1_", version: "RING1_", grant: "RING1_", domctl: "RING1_",
-    callring: "RING1_CALLRING_", blkif: "BLKIF_", netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
-    console: "", evtchn: "", memory: "", sched: "", sysctl: "", errors: "", xenbus: "", io_console: "",
+    mmu: "RING1_", traps: "RING1_", clock: "RING1_", memory: "RING1_", callring: "RING1_CALLRING_", blkif: "BLKIF_",
+    netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
+    console: "", evtchn: "", sched: "", segments: "RING1_", sysctl: "", errors: "", xenbus: "", io_console: "",
 }  # fmt: skip
 XEN_SAYS_SO = ("DOMID_", "VIRQ_", "SIF_")
 ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
     evtchn.State: lambda name: f"EVTCHNSTAT_{name.lower()}",
     sched.ShutdownReason: lambda name: f"SHUTDOWN_{name.lower()}",
+    clock.RunState: lambda name: f"RUNSTATE_{name.lower()}",
+    mmu.Pte: lambda name: f"RING1_PTE_{name}",
+    mmu.PageType: lambda name: f"RING1_PAGE_{name}",
+    mmu.UpdateCommand: lambda name: {
+        "NORMAL": "MMU_NORMAL_PT_UPDATE", "MACHPHYS": "MMU_MACHPHYS_UPDATE", "PRESERVE_AD": "MMU_PT_UPDATE_PRESERVE_AD",
+    }[name],
+    traps.VmassCommand: lambda name: f"VMASST_CMD_{name.lower()}",
+    traps.VmassType: lambda name: f"VMASST_TYPE_{name.lower()}",
+    mmu.MmuextCommand: lambda name: "MMUEXT_" + {
+        "PIN_L1": "PIN_L1_TABLE", "PIN_L2": "PIN_L2_TABLE", "PIN_L3": "PIN_L3_TABLE", "UNPIN": "UNPIN_TABLE",
+        "TLB_FLUSH": "TLB_FLUSH_LOCAL", "INVLPG": "INVLPG_LOCAL",
+    }.get(name, name),
     domctl.CreateFlags: lambda name: f"RING1_CREATE_{name}",
     grant.Gtf: lambda name: f"GTF_{name.lower()}",
     grant.MapFlags: lambda name: f"GNTMAP_{name.lower()}",
@@ -73,15 +90,28 @@ ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
     xenbus.XenbusState: lambda name: "XenbusState" + "".join(word.capitalize() for word in name.split("_")),
 }
 OPS = {
+    "OP_SET_TRAP_TABLE": "__HYPERVISOR_set_trap_table", "OP_MMU_UPDATE": "__HYPERVISOR_mmu_update",
+    "OP_UPDATE_VA_MAPPING": "__HYPERVISOR_update_va_mapping", "OP_MMUEXT": "__HYPERVISOR_mmuext_op",
+    "OP_SET_GDT": "__HYPERVISOR_set_gdt", "OP_UPDATE_DESCRIPTOR": "__HYPERVISOR_update_descriptor",
+    "OP_PLATFORM": "__HYPERVISOR_platform_op", "OP_VCPU": "__HYPERVISOR_vcpu_op",
     "OP_MEMORY": "__HYPERVISOR_memory_op", "OP_MULTICALL": "__HYPERVISOR_multicall",
     "OP_SET_TIMER": "__HYPERVISOR_set_timer_op", "OP_XEN_VERSION": "__HYPERVISOR_xen_version",
     "OP_CONSOLE_IO": "__HYPERVISOR_console_io", "OP_GRANT_TABLE": "__HYPERVISOR_grant_table_op",
+    "OP_VM_ASSIST": "__HYPERVISOR_vm_assist",
     "OP_SCHED": "__HYPERVISOR_sched_op", "OP_EVENT_CHANNEL": "__HYPERVISOR_event_channel_op",
     "OP_SYSCTL": "__HYPERVISOR_sysctl", "OP_DOMCTL": "__HYPERVISOR_domctl", "OP_CALLRING": "RING1_OP_callring",
 }  # fmt: skip
 CALLS = {
+    "SetTrapTable": "__HYPERVISOR_set_trap_table", "VmAssist": "__HYPERVISOR_vm_assist", "MmuUpdate": "__HYPERVISOR_mmu_update",
+    "UpdateVaMapping": "__HYPERVISOR_update_va_mapping", "MmuextOp": "__HYPERVISOR_mmuext_op",
+    "IncreaseReservation": "XENMEM_increase_reservation", "Exchange": "XENMEM_exchange",
+    "MachphysMappingCall": "XENMEM_machphys_mapping", "SetTime": "XENPF_settime64",
+    "GetRunState": "VCPUOP_get_runstate_info", "SetPeriodicTimer": "VCPUOP_set_periodic_timer",
+    "StopPeriodicTimer": "VCPUOP_stop_periodic_timer", "SetVirtualTimer": "RING1_VCPUOP_set_virtual_timer",
+    "GetMemList": "XEN_DOMCTL_getmemlist", "SetMaxMem": "XEN_DOMCTL_max_mem",
     "DecreaseReservation": "XENMEM_decrease_reservation", "PopulatePhysmap": "XENMEM_populate_physmap",
     "CurrentReservation": "XENMEM_current_reservation", "MaximumReservation": "XENMEM_maximum_reservation",
+    "SetGdt": "__HYPERVISOR_set_gdt", "UpdateDescriptor": "__HYPERVISOR_update_descriptor",
     "Multicall": "__HYPERVISOR_multicall", "SetTimer": "__HYPERVISOR_set_timer_op",
     "XenVersion": "XENVER_version", "XenExtraVersion": "XENVER_extraversion", "XenPageSize": "XENVER_pagesize",
     "ConsoleWrite": "CONSOLEIO_write",
@@ -104,6 +134,9 @@ CALLS = {
 RECORDS = {  # format characters of struct, in the order of the record's fields
     "multicall_entry": dispatch.ENTRY.format,
     "ring1_callring_answer": callring.ANSWER.format,
+    "mmu_update": mmu.UPDATE.format,
+    "mmuext_op": mmu.EXT_OP.format,
+    "trap_info": traps.TRAP_INFO.format,
     "start_info": start_info._XEN.format,
     "ring1_start_info": start_info._OWN.format,
     "grant_entry_v1": grant.ENTRY.format,
@@ -125,7 +158,9 @@ PLACES = {  # constants that C says as the offset of a field
     (start_info, "SHARED_UPCALL_PENDING"): ("vcpu_info", "evtchn_upcall_pending"),
     (start_info, "SHARED_UPCALL_MASK"): ("vcpu_info", "evtchn_upcall_mask"),
     (start_info, "SHARED_PENDING_SEL"): ("vcpu_info", "evtchn_pending_sel"),
+    (start_info, "SHARED_CR2"): ("vcpu_info", "cr2"),
     (start_info, "SHARED_TIME"): ("vcpu_info", "time"),
+    (start_info, "SHARED_WINDOW"): ("shared_info", "window"),
     (start_info, "SHARED_PENDING"): ("shared_info", "evtchn_pending"),
     (start_info, "SHARED_MASK"): ("shared_info", "evtchn_mask"),
     (start_info, "SHARED_WALLCLOCK"): ("shared_info", "wc_version"),
@@ -169,6 +204,7 @@ def python_constants() -> dict[str, Value]:
                 out[name if name.startswith(XEN_SAYS_SO) else prefix + name] = value
     for enum, rule in ENUMS.items():
         out |= {rule(name): int(member) for name, member in enum.__members__.items()}
+    out = {name: value - (1 << 64) if isinstance(value, int) and value >> 63 == 1 else value for name, value in out.items()}
     out |= {f"XEN_{errno.errorcode[number]}": number for number in errors.BY_ERRNO}
     out["RING1_UPCALL_SIGNAL"] = int(boot.UPCALL_SIGNAL)
     out |= {"GNTCOPY_source_gref": 1, "GNTCOPY_dest_gref": 2}  # said in words by public/grant.py
@@ -237,7 +273,7 @@ class Header:
                 lines.append(f'printf("field {tag} {field} {kind} %zu %zu\\n", {at}, {size} / sizeof({c_type(kind)}));')
         body = "\n    ".join(lines)
         return (
-            '#include "io/ring1_io.h"\n#include <stdio.h>\n'
+            '#include "io/ring1_io.h"\n#include "ring1_mmu.h"\n#include <stdio.h>\n'
             'static void print_number(const char *n, long long v) { printf("number %s %lld\\n", n, v); }\n'
             'static void print_text(const char *n, const char *v) { printf("text %s %s\\n", n, v); }\n'
             f"int main(void)\n{{\n    {body}\n    return 0;\n}}\n"

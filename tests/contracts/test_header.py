@@ -16,7 +16,7 @@ from dom0 import store, storeserver
 from domain import xenbus
 from hypervisor import console, sched
 from hypervisor.gate import boot, monitor, policy
-from hypervisor.public import domctl, errors, evtchn, grant, hypercall, layout
+from hypervisor.public import clock, domctl, errors, evtchn, grant, hypercall, layout, memory
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.start_info import EXTENSION, StartInfo
 from hypervisor.public.types import PAGE_SIZE
@@ -46,6 +46,8 @@ FREESTANDING = ["-ffreestanding", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", 
 RING = ("req_prod", "req_event", "rsp_prod", "rsp_event")
 COMPOSED = {"ring1_start_page"}  # two records of ABI.md on one page
 RESULTS: dict[str, tuple[str, ...]] = {
+    "MachphysMappingCall": memory.MachphysMapping._fields,
+    "GetRunState": clock.RunStateInfo._fields,
     "GetDomainInfo": domctl.DomainInfo._fields,
     "EvtchnStatus": evtchn.EvtchnStatusReply._fields,
     "GrantQuerySize": grant.QuerySizeReply._fields,
@@ -109,7 +111,7 @@ FACING = (xenbus.FRONTEND, xenbus.BACKEND)
 def verdicts() -> dict[str, set[str]]:
     """The two policies of gate/policy.py, by what a call's row ends in."""
     plain = set(policy.ALLOWED)
-    conditional = {"futex", "rt_sigaction", "fcntl", "kill", "tgkill"}
+    conditional = {"futex", "rt_sigaction", "fcntl", "kill", "tgkill", "sendto", "recvfrom"}
     return {
         "allowed": plain,
         "allowed with conditions": conditional,
@@ -197,7 +199,7 @@ def test_start_info_is_found_under_its_names(header: Header) -> None:
         cmdline="cmd", domid=next(numbers), name="name", virt_base=next(numbers), window=next(numbers),
         shared_info=next(numbers), request_mqd=next(numbers), reply_mqd=next(numbers), upcall_fd=next(numbers),
         descriptors_fd=next(numbers), boot_ns=next(numbers), grant_table=next(numbers), nr_grant_entries=next(numbers),
-        entry="entry",
+        entry="entry", pt_base=next(numbers), nr_pt_frames=next(numbers), mfn_list=next(numbers), max_pages=next(numbers),
     )  # fmt: skip
     page, seen = info.pack(), set()
     for base, tag in ((0, "start_info"), (EXTENSION, "ring1_start_info")):
@@ -326,7 +328,7 @@ def _one_more(row: str) -> str:
     ("old", "new"),
     [
         ("| u16 domid, u32 port | state", "| u32 domid, u32 port | state"),
-        ("u32 text_pfn, u32 text_count | | dom0", "u32 text_pfn, u32 text_count | | any"),
+        ("u16 domid, u64 root, u64 entry | | dom0", "u16 domid, u64 root, u64 entry | | any"),
         ("| kill | ptrace", "| kill | openat"),
         ("preadv2 pwritev2", "preadv2 pwritev2 mmap"),
         ("| 4 | 5 | stop | 5 |", "| 4 | 5 | stop | 6 |"),
