@@ -10,12 +10,14 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
+SOURCES = ("callring", "clock", "evtchn", "frames", "grant", "machine", "mmu", "segments", "tables")
+
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "hv.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
 ffibuilder.set_source(
     "hypervisor._hv",
     '#include "hv.h"',
-    sources=[os.path.relpath(HERE / f"{name}.c", ROOT) for name in ("callring", "evtchn", "grant", "machine")],
+    sources=[os.path.relpath(HERE / f"{name}.c", ROOT) for name in SOURCES],
     include_dirs=[str(HERE), str(ROOT / "ringlib")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
 )

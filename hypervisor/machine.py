@@ -1,4 +1,5 @@
 """Machine memory: one POSIX shared memory object, reserved whole, opened read-write and read-only, then nameless.
+The M2P beside it is the one table of the hypervisor's that every guest reads.
 
 posix_fallocate makes a full /dev/shm an error at start instead of a SIGBUS later. Read-only mappings are made through the
 read-only descriptor, so that the host kernel itself refuses to upgrade them. After fchmod 0 and unlink nobody reopens it.
@@ -15,7 +16,8 @@ from typing import Any
 import posix_ipc
 
 from hypervisor._hv import ffi, lib
-from hypervisor.gate.monitor import F_ADD_SEALS, SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
+from hypervisor.gate.monitor import F_ADD_SEALS, SEAL_FUTURE_WRITE, SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
+from hypervisor.public.layout import M2P_BYTES
 from hypervisor.public.types import PAGE_SIZE
 
 MFD_EXEC = 0x10
@@ -70,6 +72,32 @@ class MachineMemory:
     def scrub(self, mfn: int, count: int = 1) -> None:
         """Zero frames, before they change owner."""
         lib.scrub(self._base + mfn * PAGE_SIZE, count * PAGE_SIZE)
+
+    def copy(self, mfn: int, source: int) -> None:
+        """One frame over another."""
+        lib.copy_page(self._base + mfn * PAGE_SIZE, self._base + source * PAGE_SIZE)
+
+
+class M2P:
+    """Machine to physical: the pfn of every frame, as its owner says, read-only in every space at layout.M2P.
+
+    `pfn` is a uint64_t *, the one way to write it: the object is sealed against every mapping but this older one. `ro` is
+    the descriptor that spaces map, close-on-exec; `size` its bytes, whole pages. Raises MemoryError.
+    """
+
+    def __init__(self, nr_frames: int) -> None:
+        self.size = -(-8 * nr_frames // PAGE_SIZE) * PAGE_SIZE
+        if self.size > M2P_BYTES:
+            raise MemoryError(f"{nr_frames} frames: the machine has at most {M2P_BYTES // 8}, what the M2P has room for")
+        fd = os.memfd_create("ring1-m2p", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, self.size)
+        _reserve(fd, self.size, "memory")
+        self._map = mmap.mmap(fd, self.size)
+        self._map[:] = b"\xff" * self.size  # INVALID_PFN
+        fcntl.fcntl(fd, F_ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_FUTURE_WRITE)
+        self.ro = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.close(fd)
+        self.pfn: Any = ffi.cast("uint64_t *", ffi.from_buffer(self._map))
 
 
 def may_execute(fd: int) -> bool:
