@@ -1,4 +1,4 @@
-"""Types of the compiled module; the functions are documented in gate.c."""
+"""Types of the compiled module; the functions are documented in gate.c and fault.c."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ class _Lib:
     def landlock_all(self, abi: int) -> int: ...
     def keep_capabilities(self, keep: int) -> int: ...
     def enter_kernel(self, entry: int, start_info: int) -> None: ...
+    def fault_install(self, begin: int, size: int, sock: int) -> int: ...
 
 class _FFI:
     NULL: Any

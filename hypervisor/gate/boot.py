@@ -8,10 +8,12 @@
     4  not dumpable                                    before any descriptor arrives
     5  descriptors to their fixed numbers, rest closed the monitor's commands name them
     6  upcall signal blocked and opened as a signalfd  "interrupts off"
-    7  reserve the window, map code and commands, seal no gap of the window is ever the kernel's to give away
+    7  reserve the windows; map code, commands and M2P no gap of them is ever the kernel's to give away
+       in the first, seal them
     8  clone the monitor, tell the hypervisor,         it is born with 3..7 and an open filter, which the hypervisor shuts;
        close 3..7                                      after the clone: the monitor needs the descriptors
-    9  heap from brk only, limits                      after the last mmap of ours
+    9  heap from brk only, limits; page faults to the  after the last mmap of ours; the filter keeps the handler
+       hypervisor
     10 Landlock, then the filter                       after this line the process is the guest's
     11 wait for "go" on the reply queue                nothing of the guest runs before its frames are mapped
 
@@ -40,6 +42,7 @@ from hypervisor.gate._gate import ffi, lib
 from hypervisor.gate.monitor import (
     FD_CODE,
     FD_COMMANDS,
+    FD_M2P,
     FD_MACHINE_RO,
     FD_MACHINE_RW,
     FD_SOCKET,
@@ -59,11 +62,14 @@ from hypervisor.public.layout import (
     COMMAND_PAGES,
     COMMANDS,
     FD_DESCRIPTORS,
+    FD_FAULT,
     FD_REPLY,
     FD_REQUEST,
     FD_UPCALL,
     KERNEL_WINDOW,
+    M2P,
     MONITOR_CODE,
+    NR_WINDOWS,
     SPACE_BYTES,
     START_INFO_PFN,
     virt,
@@ -72,6 +78,7 @@ from hypervisor.public.types import MESSAGE_BYTES, PAGE_SIZE
 
 UPCALL_SIGNAL = signal.SIGUSR2  # a STANDARD signal: it merges with itself; real-time ones exhaust the uid's limit
 SYS_MSEAL = 462
+WINDOWS_BYTES = NR_WINDOWS * SPACE_BYTES  # 8 TiB, side by side
 HEAP_BYTES = 256 << 20
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -90,6 +97,7 @@ class BootConfig:
     reply_queue: str
     landlock: int  # ABI to use, 0: none
     locked: bool  # dom0 is not
+    m2p_bytes: int
 
     def pack(self) -> bytes:
         packed: bytes = msgpack.packb([getattr(self, name) for name in self.__dataclass_fields__])
@@ -145,9 +153,10 @@ def prepare(config: BootConfig, sock: socket.socket, sock_fd: int, descriptors_f
         prctl(4, 0)  # PR_SET_DUMPABLE
     libc.prctl(15, config.name.encode()[:15] + b"\0", 0, 0, 0)  # PR_SET_NAME
     place_descriptors(sock, [q.mqd for q in queues], descriptors_fd)
-    reserve_window()
+    reserve_windows(config)
     spawn_monitor()
     limits(config)
+    serve_faults()
     if config.locked:
         lock(config)
     return lambda: run(config, kernel)
@@ -155,7 +164,7 @@ def prepare(config: BootConfig, sock: socket.socket, sock_fd: int, descriptors_f
 
 def place_descriptors(sock: socket.socket, queues: list[int], descriptors_fd: int) -> None:
     """Steps 5 and 6. Everything at a number of its own; 0, 1, 2 are /dev/null: a guest has a console, not a terminal."""
-    _, ancillary, _, _ = sock.recvmsg(64, socket.CMSG_SPACE(16))
+    _, ancillary, _, _ = sock.recvmsg(64, socket.CMSG_SPACE(64))
     received = array.array("i", ancillary[0][2])
     wanted = [sock.detach(), *received, *queues]
     high = [os.dup2(fd, 100 + i) for i, fd in enumerate(wanted)]
@@ -163,28 +172,33 @@ def place_descriptors(sock: socket.socket, queues: list[int], descriptors_fd: in
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    numbers = (FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS, FD_REQUEST, FD_REPLY)
+    numbers = (FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS, FD_M2P, FD_FAULT, FD_REQUEST, FD_REPLY)
     for fd, number in zip(high, numbers, strict=True):
         os.dup2(fd, number)
-    keep = FD_UPCALL
     if extra >= 0:
         os.dup2(extra, FD_DESCRIPTORS)
-        keep = FD_DESCRIPTORS
-    os.closerange(keep + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    else:
+        os.closerange(FD_DESCRIPTORS, FD_DESCRIPTORS + 1)  # what an exec'ed process had there
+    os.closerange(FD_M2P + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if lib.open_signalfd(UPCALL_SIGNAL, FD_UPCALL) < 0:
         raise OSError("signalfd")
 
 
-def reserve_window() -> None:
+def reserve_windows(config: BootConfig) -> None:
     """Step 7. NOREPLACE: a sanitizer's shadow in the way is an error, not silent damage."""
     flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_NORESERVE
-    sys6(SYS_MMAP, KERNEL_WINDOW, SPACE_BYTES, PROT_NONE, flags, -1, 0)
-    sys6(SYS_MMAP, KERNEL_WINDOW + MONITOR_CODE, PAGE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_FIXED, FD_CODE, 0)
-    sys6(SYS_MMAP, KERNEL_WINDOW + COMMANDS, COMMAND_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, FD_COMMANDS, 0)
-    try:
-        sys6(SYS_MSEAL, KERNEL_WINDOW + MONITOR_CODE, (1 + COMMAND_PAGES) * PAGE_SIZE, 0)
-    except OSError:
-        pass  # before Linux 6.10 the filter alone holds
+    sys6(SYS_MMAP, KERNEL_WINDOW, WINDOWS_BYTES, PROT_NONE, flags, -1, 0)
+    for va, size, prot, fd in (
+        (MONITOR_CODE, PAGE_SIZE, PROT_READ | PROT_EXEC, FD_CODE),
+        (COMMANDS, COMMAND_PAGES * PAGE_SIZE, PROT_READ, FD_COMMANDS),
+        (M2P, config.m2p_bytes, PROT_READ, FD_M2P),
+    ):
+        sys6(SYS_MMAP, KERNEL_WINDOW + va, size, prot, MAP_SHARED | MAP_FIXED, fd, 0)
+        try:
+            sys6(SYS_MSEAL, KERNEL_WINDOW + va, size, 0)
+        except OSError:
+            pass  # before Linux 6.10 the filter alone holds
+    os.close(FD_M2P)
 
 
 def spawn_monitor() -> None:
@@ -207,12 +221,19 @@ def limits(config: BootConfig) -> None:
     bounds = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_DATA, HEAP_BYTES),
-        (resource.RLIMIT_AS, SPACE_BYTES + (4 << 30)),
+        (resource.RLIMIT_AS, WINDOWS_BYTES + (4 << 30)),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
     ]
     for what, bound in bounds:
         resource.setrlimit(what, (bound, bound))
+
+
+def serve_faults() -> None:
+    """Still step 9. From here on an access to a page of the windows that is not mapped asks the hypervisor."""
+    result = lib.fault_install(KERNEL_WINDOW, WINDOWS_BYTES, FD_FAULT)
+    if result:
+        raise OSError(-result, "handler of page faults")
 
 
 def lock(config: BootConfig) -> None:

@@ -8,6 +8,8 @@
 #define GATE_COMMAND_HEADER 64 /* u32 number of commands, padding */
 #define GATE_TABLE 0x1000      /* u32 table 0, 1, 2, ..: the answers */
 
+/* Nothing leaves this module: a call between its files is direct, so that the fault handler never meets the dynamic linker. */
+#pragma GCC visibility push(hidden)
 /* cdef begin */
 long raw6(long nr, long a, long b, long c, long d, long e, long f);
 long monitor_code(char *page, long size);
@@ -20,6 +22,8 @@ long landlock_abi(void);
 long landlock_all(long abi);
 long keep_capabilities(uint64_t keep);
 void enter_kernel(uint64_t entry, uint64_t start_info);
+long fault_install(uint64_t begin, uint64_t bytes, long sock);
 /* cdef end */
+#pragma GCC visibility pop
 
 #endif

@@ -35,10 +35,12 @@ SYS_MMAP, SYS_MPROTECT, SYS_PRCTL, SYS_SECCOMP, SYS_CLOSE_RANGE = 9, 10, 157, 31
 F_ADD_SEALS, SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 1033, 1, 2, 4, 8, 16
 
 FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS = 3, 4, 5, 6, 7  # a monitor's descriptors, in every space
+FD_M2P = 13  # until it is mapped
 MAX_COMMANDS = 64  # sent at a time
 COMMAND = struct.Struct("<7Q")
 TABLE, BLOB = PAGE_SIZE, 2 * PAGE_SIZE
 ACK_SECONDS = 2.0
+ACK_NS = int(ACK_SECONDS * 1e9)
 U64_MASK = (1 << 64) - 1
 
 Command = tuple[int, ...]
@@ -86,11 +88,17 @@ def runs(pages: Iterable[Page]) -> list[tuple[int, int, int, int]]:
     return out
 
 
+def packed(commands: list[Command]) -> bytes:
+    """As they stand in the command page."""
+    return b"".join(COMMAND.pack(*[word & U64_MASK for word in c], *(0,) * (7 - len(c))) for c in commands)
+
+
 @dataclass
 class _Batch:
-    """Commands that run as a whole, MAX_COMMANDS at a time; `done` of them hold, `sent` are being run."""
+    """`count` packed commands that run as a whole, MAX_COMMANDS at a time; `done` of them hold, `sent` are being run."""
 
-    commands: list[Command]
+    commands: bytes | bytearray
+    count: int
     resume: Resume
     done: int = 0
     sent: int = 0
@@ -101,7 +109,7 @@ class Monitor:
 
     def __init__(self, loop: Loop, on_failure: Callable[[str], None]) -> None:
         self._loop, self._on_failure = loop, on_failure
-        self.shadow: dict[int, tuple[int, int]] = {}  # va -> (mfn, protection): this is the TLB
+        self.shadow: dict[int, tuple[int, int]] = {}  # va -> (mfn, protection): what is mapped by hand, outside page tables
         self.sock, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.setblocking(False)
         self.command_fd = os.memfd_create("ring1-commands", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -112,6 +120,7 @@ class Monitor:
         self._queue: deque[_Batch] = deque()
         self._in_flight: _Batch | None = None
         self._deadline: Timer | None = None
+        self._sent_ns = 0
         self.gone = False
         self.on_gone: Callable[[], None] | None = None  # who waits for the child's first message
 
@@ -128,15 +137,24 @@ class Monitor:
 
     # ---- batches
 
+    @property
+    def busy(self) -> bool:
+        """Something was asked for that has not been acknowledged."""
+        return self._in_flight is not None
+
     def batch(self, commands: list[Command]) -> Wait:
         """Run them all, up to the first that fails; resumed with None, a MonitorError or MonitorGone."""
-        assert commands
+        return self.run(packed(commands), len(commands))
+
+    def run(self, commands: bytes | bytearray, count: int) -> Wait:
+        """As `batch`, for `count` packed commands."""
+        assert count and len(commands) == count * COMMAND.size
 
         def wait(resume: Resume) -> None:
             if self.gone:
                 self._loop.soon(lambda: resume(MonitorGone()))
                 return
-            self._queue.append(_Batch(commands, resume))
+            self._queue.append(_Batch(commands, count, resume))
             self._start()
 
         return wait
@@ -147,19 +165,27 @@ class Monitor:
             self._send(self._in_flight)
 
     def _send(self, batch: _Batch) -> None:
-        part = batch.commands[batch.done : batch.done + MAX_COMMANDS]
-        batch.sent = len(part)
-        struct.pack_into("<I", self._page, 0, len(part))
-        for i, command in enumerate(part):
-            words = [word & U64_MASK for word in command] + [0] * (7 - len(command))
-            COMMAND.pack_into(self._page, 64 + 56 * i, *words)
-        self._deadline = self._loop.at(
-            time.monotonic_ns() + int(ACK_SECONDS * 1e9), lambda: self._on_failure("monitor silent for 2 s")
-        )
+        batch.sent = min(MAX_COMMANDS, batch.count - batch.done)
+        part = batch.commands[batch.done * COMMAND.size : (batch.done + batch.sent) * COMMAND.size]
+        struct.pack_into("<I", self._page, 0, batch.sent)
+        self._page[64 : 64 + len(part)] = part
+        self._sent_ns = time.monotonic_ns()
+        if self._deadline is None:
+            self._deadline = self._loop.at(self._sent_ns + ACK_NS, self._look_at_clock)
         try:
             self.sock.send(b"!")
         except OSError:
             self._loop.soon(lambda: self._on_failure("monitor died"))
+
+    def _look_at_clock(self) -> None:
+        """One timer for all batches, set anew when it finds a younger one: a timer a batch would cost 2 us each."""
+        self._deadline = None
+        if self._in_flight is None:
+            return
+        if time.monotonic_ns() - self._sent_ns >= ACK_NS:
+            self._on_failure("monitor silent for 2 s")
+        else:
+            self._deadline = self._loop.at(self._sent_ns + ACK_NS, self._look_at_clock)
 
     def _acknowledged(self) -> None:
         try:
@@ -172,11 +198,9 @@ class Monitor:
             self._on_failure("monitor died" if not ack else "monitor spoke out of turn")
             return
         batch = self._in_flight
-        assert self._deadline is not None
-        self._deadline.cancel()
         error, left = len(ack) - 4, int.from_bytes(ack[:4], "little")
         batch.done += batch.sent - left - bool(error)
-        if not error and batch.done < len(batch.commands):
+        if not error and batch.done < batch.count:
             self._send(batch)
             return
         self._in_flight = None

@@ -2,8 +2,8 @@
 
 A domain computes, waits and uses its queues; what is not named gets EPERM, what only an attack would call kills. The
 address space is the monitor's to change: mmap, munmap, mprotect, mremap, madvise and clone are refused outright, so no
-row compares an address. The descriptor table is frozen: no call here makes a descriptor, except a driver domain's recvmsg
-on the one socket from dom0.
+row compares an address of it. The descriptor table is frozen: no call here makes a descriptor, except a driver domain's
+recvmsg on the one socket from dom0. sendto and recvfrom are the fault path's, on its one socket and to nobody by name.
 
 Interface:
   * domain(pid, driver): the policy of a locked domain.
@@ -16,7 +16,7 @@ import errno
 import signal
 import struct
 
-from hypervisor.public.layout import FD_DESCRIPTORS
+from hypervisor.public.layout import FD_DESCRIPTORS, FD_FAULT
 
 LOAD, JUMP_EQ, JUMP_GE, RETURN = 0x20, 0x15, 0x35, 0x06
 KILL, ALLOW = 0x80000000, 0x7FFF0000
@@ -79,6 +79,16 @@ def only(argument: int, values: tuple[int, ...], otherwise: int, mask: int = 0xF
     return [*code, (RETURN, 0, 0, otherwise), (RETURN, 0, 0, ALLOW)]
 
 
+def nameless(fd: int, otherwise: int) -> list[Instruction]:
+    """ALLOW sendto or recvfrom on descriptor `fd` whose argument 4, an address, is NULL in both its words."""
+    return [
+        (LOAD, 0, 0, low(0)), (JUMP_EQ, 0, 4, fd),
+        (LOAD, 0, 0, low(4)), (JUMP_EQ, 0, 2, 0),
+        (LOAD, 0, 0, low(4) + 4), (JUMP_EQ, 1, 0, 0),
+        (RETURN, 0, 0, otherwise), (RETURN, 0, 0, ALLOW),
+    ]  # fmt: skip
+
+
 def none_of(argument: int, values: tuple[int, ...], otherwise: int) -> list[Instruction]:
     """ALLOW unless the argument is one of `values`."""
     code: list[Instruction] = [(LOAD, 0, 0, low(argument))]
@@ -112,6 +122,8 @@ def domain(pid: int, driver: bool) -> bytes:
     rows["fcntl"] = only(1, (1, 3), no)  # F_GETFD, F_GETFL
     for name in ("kill", "tgkill"):
         rows[name] = only(0, (pid,), no)
+    for name in ("sendto", "recvfrom"):
+        rows[name] = nameless(FD_FAULT, no)
     if driver:
         rows |= {name: [(RETURN, 0, 0, ALLOW)] for name in DRIVER}
         rows["recvmsg"] = only(0, (FD_DESCRIPTORS,), no)

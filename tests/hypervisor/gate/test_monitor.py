@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -248,7 +249,7 @@ def test_an_inexact_shadow_is_found() -> None:
 
 
 def test_a_silent_monitor_ends_its_domain(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ACK_SECONDS", 0.002)
+    monkeypatch.setattr(module, "ACK_NS", 2_000_000)
     out = bench.start(bench.monitor.map(scattered(1)))
     bench.loop.until(lambda: bool(bench.failures))
     assert bench.failures == ["monitor silent for 2 s"] and out == [], "its death is the acknowledgement, not its silence"
@@ -256,16 +257,29 @@ def test_a_silent_monitor_ends_its_domain(bench: Bench, monkeypatch: pytest.Monk
 
 def test_each_part_of_a_batch_has_its_own_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     out = bench.start(bench.monitor.map(scattered(2 * MAX_COMMANDS)))
-    monkeypatch.setattr(module, "ACK_SECONDS", 0.002)
+    monkeypatch.setattr(module, "ACK_NS", 2_000_000)
     bench.space.serve()
     bench.loop.until(lambda: bool(bench.failures))
     assert out == []
 
 
-def test_an_acknowledged_batch_has_no_deadline(bench: Bench) -> None:
+def test_an_acknowledged_batch_has_no_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ACK_NS", 2_000_000)
     bench.start(bench.monitor.map(scattered(1)))
     bench.serve()
-    assert bench.monitor._deadline is not None and bench.monitor._deadline.call is None
+    bench.loop.until(lambda: bench.monitor._deadline is None)
+    assert not bench.failures
+
+
+def test_a_batch_has_its_time_from_when_it_was_sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One timer serves all: one that finds a younger batch waits for that one's time."""
+    monkeypatch.setattr(module, "ACK_NS", 20_000_000)
+    bench.start(bench.monitor.map(scattered(1)))
+    bench.serve()
+    bench.start(bench.monitor.map(scattered(1)))
+    sent = bench.monitor._sent_ns
+    bench.loop.until(lambda: bool(bench.failures))
+    assert time.monotonic_ns() - sent >= 20_000_000
 
 
 def test_a_dead_monitor_ends_its_domain(bench: Bench) -> None:

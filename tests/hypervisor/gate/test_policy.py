@@ -15,7 +15,7 @@ import pytest
 
 from hypervisor.gate import policy
 from hypervisor.gate._gate import ffi, lib
-from hypervisor.public.layout import FAULT_NR, FD_DESCRIPTORS
+from hypervisor.public.layout import FD_DESCRIPTORS, FD_FAULT
 
 KILL, ALLOW, ERRNO = 0x80000000, 0x7FFF0000, 0x50000
 EPERM, ENOSYS = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
@@ -47,6 +47,7 @@ BY_ARGUMENT: dict[str, Row] = {
     "tgkill": (0, [PID], ALLOW, EPERM),
     "rt_sigaction": (0, [4, 5, 7, 8, 11, 31], EPERM, ALLOW),  # ILL TRAP BUS FPE SEGV SYS
 }
+NAMELESS = "sendto recvfrom".split()  # allowed on FD_FAULT and without an address
 DRIVER: dict[str, Row | None] = {
     "preadv2": None, "pwritev2": None, "fdatasync": None, "fallocate": None, "recvmsg": (0, [FD_DESCRIPTORS], ALLOW, EPERM),
 }  # fmt: skip
@@ -109,6 +110,16 @@ def interesting(argument: int, values: list[int]) -> Iterator[tuple[tuple[int, .
             yield tuple(args), value
 
 
+def nameless() -> Iterator[tuple[tuple[int, ...], int]]:
+    """(arguments, verdict) of sendto and recvfrom: every descriptor near ours, every bit of an address; the rest is free."""
+    for args, fd in interesting(0, [FD_FAULT]):
+        for address in (0, 1, 1 << 32):
+            yield (*args[:4], address, args[5]), ALLOW if fd == FD_FAULT and not address else EPERM
+    for bit in range(64):
+        yield (FD_FAULT, 0, 0, 0, 1 << bit, 0), EPERM
+    yield (FD_FAULT, *(0xFFFFFFFFFFFFFFFF,) * 3, 0, 0xFFFFFFFFFFFFFFFF), ALLOW
+
+
 def cases(calls: Calls, driver: bool) -> Iterator[Case]:
     """Everything that is asked of a domain's policy."""
     verdict = {name: verdict for verdict, names in TABLE.items() for name in names.split()}
@@ -116,7 +127,9 @@ def cases(calls: Calls, driver: bool) -> Iterator[Case]:
     verdict |= dict.fromkeys((name for name, row in rows.items() if row is None), ALLOW)
     for name, number in calls.items():
         row = rows.get(name)
-        if row is not None:
+        if name in NAMELESS:
+            yield from ((name, number, args, wanted) for args, wanted in nameless())
+        elif row is not None:
             argument, values, these, others = row
             for args, value in interesting(argument, values):
                 yield name, number, args, these if value in values else others
@@ -124,7 +137,7 @@ def cases(calls: Calls, driver: bool) -> Iterator[Case]:
             for args in ((), (0xFFFFFFFFFFFFFFFF,) * 6, (PID,) * 6):
                 yield name, number, args, verdict.get(name, EPERM)
     named = set(calls.values())
-    for number in [*range(600), FAULT_NR, 0x3FFFFFFF]:
+    for number in [*range(600), 0x1F00, 0x3FFFFFFF]:
         if number not in named:
             yield "no call", number, (), EPERM
     for number in (0x40000000, 0x40000001, 0x40000009, 0x40000200, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
@@ -156,7 +169,7 @@ def test_a_monitor_maps_and_talks_and_nothing_else(calls: Calls) -> None:
     for name, number in calls.items():
         wanted = ALLOW if name in ("mmap", "munmap", "mprotect", "sendto", "recvfrom", "exit") else KILL
         assert program(number, (PID,) * 6) == wanted, name
-    for number in (600, FAULT_NR, 0x40000009, 0xFFFFFFFF):
+    for number in (600, 0x1F00, 0x40000009, 0xFFFFFFFF):
         assert program(number) == KILL
     assert program(9, (), I386) == KILL
 
@@ -183,6 +196,8 @@ def test_hot_calls_come_first() -> None:
         ("FALL_BACK", []),
         ("EXCEPTIONS", policy.EXCEPTIONS[1:]),
         ("FUTEX_FLAGS", policy.FUTEX_FLAGS | 2),  # a requeue passes for a wait
+        ("FD_FAULT", FD_FAULT - 1),
+        ("nameless", lambda fd, no: policy.only(0, (fd,), no)),  # to anybody by name
         ("DRIVER", [*policy.DRIVER, "mprotect"]),
         ("KILL", EPERM),
     ],

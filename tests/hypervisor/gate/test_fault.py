@@ -1,0 +1,129 @@
+"""The entry code of page faults, in a process of its own whose hypervisor is a thread (faults.c); then as a domain has it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hypervisor.gate._gate import lib
+from hypervisor.public import traps
+from hypervisor.public.layout import KERNEL_WINDOW
+from tests.conftest import TIMEOUT
+from tests.models.mutant import ROOT, compile_copies
+
+ENTRY, PROCESS = "hypervisor/gate/fault.c", "tests/hypervisor/gate/faults.c"
+FLAGS = ["-Werror", "-fno-stack-protector", "-pthread"]
+ENDS = {
+    0: "reads writes fetches upgrades last-byte stack bounces steps skips skips-relative other-stores loses-its-stack",
+    -signal.SIGSEGV: """
+        null below above privileged privileged-everywhere sent hung-up closed nonsense too-short no-stack skipped-read
+    """,
+    -signal.SIGBUS: "bus",
+}
+CASES = [(case, end) for end, names in ENDS.items() for case in names.split()]
+
+
+def build(folder: Path, *changes: tuple[str, str]) -> Path:
+    return compile_copies(folder / "faults", [ENTRY, PROCESS], {ENTRY: changes}, FLAGS)
+
+
+def check(program: Path, case: str, end: int) -> None:
+    done = subprocess.run([program, case], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == end, f"{case}: {done.returncode} {done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(("case", "end"), CASES)
+def test_a_fault_is_filled_bounced_or_deadly(program: Path, case: str, end: int) -> None:
+    check(program, case, end)
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new"),
+    [
+        ("reads", "(uint64_t)reg[REG_RIP],", "(uint64_t)reg[REG_RSP],"),
+        ("writes", "(uint64_t)reg[REG_ERR]", "(uint64_t)reg[REG_ERR] & 4"),
+        ("bounces", "RED_ZONE = 128", "RED_ZONE = 0"),
+        ("bounces", "& ~(uint64_t)15)", "& ~(uint64_t)7)"),
+        ("bounces", "= verdict->error", "= (uint64_t)reg[REG_ERR]"),
+        ("bounces", "selectors >> 48", "selectors >> 32"),
+        ("bounces", " | DIRECTION_FLAG", ""),
+        ("steps", "TRAP_FLAG | ", ""),
+        ("stack", "SA_SIGINFO | SA_ONSTACK", "SA_SIGINFO"),
+        ("loses-its-stack", " | SA_NODEFER", ""),
+        ("loses-its-stack", "    sigdelset(&action.sa_mask, SIGSEGV);\n", ""),
+        ("sent", "(info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR) &&", "(info->si_code || 1) &&"),
+        ("above", "windows.begin < windows.bytes", "windows.begin <= windows.bytes"),
+        ("skips", "(rex & 4) << 1", "0"),
+        ("skips", "(rex & 1) << 3", "0"),
+        ("skips", "(rex & 2) << 2", "0"),
+        ("skips", "(int64_t)(int8_t)*next++", "*next++"),
+        ("skips", ">> 3 & 7) | (rex & 2)", "& 7) | (rex & 2)"),
+        ("skips", "mod == 2 || base == 5", "mod == 2"),
+        ("skips-relative", "(next + 4)", "next"),
+        ("other-stores", "at == address ?", "at <= address ?"),
+        ("other-stores", "(rex & 0xf8) != 0x48 || ", ""),
+        ("other-stores", " || code[1] != 0x89", ""),
+        ("skipped-read", "verdict.what == SKIP && length", "verdict.what == SKIP"),
+        ("nonsense", "verdict.what != RETRY", "verdict.what == 77"),
+        ("too-short", "talk(SYS_recvfrom, &verdict, sizeof verdict) != sizeof verdict", "talk(SYS_recvfrom, &verdict, 16) < 0"),
+    ],
+)
+def test_a_seeded_defect_is_found(tmp_path: Path, case: str, old: str, new: str) -> None:
+    with pytest.raises(AssertionError, match=case):
+        check(build(tmp_path, (old, new)), case, dict(CASES)[case])
+
+
+LOSES = [
+    ("static void on_fault(", "void lose_code(void);\n\nstatic void on_fault("),
+    ("length = decode_store(", "lose_code(), length = decode_store("),
+]
+
+
+@pytest.mark.parametrize("case", ["lost-code", "lost-half"])
+def test_code_that_is_unmapped_before_it_is_decoded_comes_back(tmp_path: Path, case: str) -> None:
+    check(build(tmp_path, *LOSES), case, 0)
+
+
+@pytest.mark.parametrize("case", ["lost-code", "lost-half"])
+def test_a_decoder_whose_own_faults_kill_is_found(tmp_path: Path, case: str) -> None:
+    with pytest.raises(AssertionError, match=case):
+        check(build(tmp_path, *LOSES, (" | SA_NODEFER", "")), case, 0)
+
+
+def test_the_numbers_are_the_contracts() -> None:
+    """What the C says of them again."""
+    text = (ROOT / ENTRY).read_text()
+    verdicts = f"RETRY = {traps.RETRY}, BOUNCE = {traps.BOUNCE}, SKIP = {traps.SKIP}"
+    assert f"{verdicts}, RED_ZONE = {traps.RED_ZONE} }}" in text
+    assert (traps.FAULT.size, traps.VERDICT.size, traps.FRAME_BYTES) == (40, 16, 48)
+    assert traps.PF_STORE == 1 << 32 and "#define STORE (1ull << 32)" in text
+
+
+def test_a_domain_tells_us_and_dies_when_we_hang_up() -> None:
+    """The module that domains load: a child that touches the first byte of a window of one page, which is not there."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(TIMEOUT)
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if lib.fault_install(KERNEL_WINDOW, 4096, theirs.fileno()) == 0:
+            lib.enter_kernel(0, KERNEL_WINDOW)  # reads the size of its reservation there
+        os._exit(1)
+    theirs.close()
+    address, error, rip, rsp, _ = traps.FAULT.unpack(ours.recv(64))
+    ours.close()
+    _, status = os.waitpid(child, 0)
+    assert (address, error) == (KERNEL_WINDOW + 32, traps.PF_USER) and rip and rsp
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV
