@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
-from hypervisor import evtchn
+from hypervisor import budget, evtchn, guest_access
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall, result_word, run_entry
 from hypervisor.domain import Domain
@@ -34,10 +35,9 @@ TURN = 64  # batches of 32 before everybody else has a turn
 
 
 class CallRing:
-    """One domain's ring in its frame `mfn`, which cannot leave it any more; `c` is what the C kernel knows of it."""
+    """One domain's ring in its frame at `page`, which is held; `c` is what the C kernel knows of it."""
 
-    def __init__(self, page: Any, mfn: int) -> None:
-        self.mfn = mfn
+    def __init__(self, page: Any) -> None:
         self.c: Any = ffi.new("struct callring *")
         self.entries: Any = ffi.buffer(self.c.entries)  # our copies, not the guest's page
         self.draining = False
@@ -95,13 +95,14 @@ class BusyRings:
 
 @hypercall(abi.CallringSetup)
 def setup(hv: Hypervisor, caller: Domain, call: abi.CallringSetup) -> None:
-    place = caller.translate(call.address)
-    if place is None or call.address % PAGE_SIZE:
+    mfn = guest_access.translate(hv, caller, call.address, write=True)
+    if call.address % PAGE_SIZE:
         raise BadAddress(f"guest address {call.address:#x}")
     if caller.callring is not None:
         raise Exists("a hypercall ring")
 
-    caller.callring = CallRing(hv.machine.pointer(place[0]), place[0])
+    hv.hold(caller, mfn)
+    caller.callring = CallRing(hv.machine.pointer(mfn))
 
 
 @hypercall(abi.CallringKick)
@@ -117,6 +118,7 @@ def drain(hv: Hypervisor, caller: Domain, spins: int) -> Steps:
     and is owed a look afterwards."""
     ring: CallRing = caller.callring
     ring.draining = True
+    begin = time.monotonic_ns()
     try:
         while caller.alive:
             left = lib.callring_run(ring.c, hv.ends, caller.domid, spins, TURN)
@@ -125,10 +127,11 @@ def drain(hv: Hypervisor, caller: Domain, spins: int) -> Steps:
             ring.c.nr_signals = 0
             if left > 0:
                 yield from _run_others(hv, caller, ring)
+                begin = yield from budget.take_turns(hv, caller, begin)
             elif left < 0:
                 caller.fail("violated its hypercall ring: an index that cannot be")
             elif ring.c.taken:
-                yield hv.loop.turn
+                yield budget.turn(hv, caller)
             elif (not spins and hv.busy_rings.stay_awake(caller)) or not lib.callring_recheck(ring.c):
                 return
     finally:

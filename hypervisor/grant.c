@@ -11,14 +11,12 @@
 #define GTF_ACCEPT_TRANSFER 2u
 #define GTF_TRANSFER_COMMITTED 4u
 #define GTF_TRANSFER_COMPLETED 8u
-#define NO_FRAME 0xffffffffu
 #define GTF_TYPE_MASK 3u
 #define GTF_READONLY 4u
 #define GTF_READING 8u
 #define GTF_WRITING 16u
 #define PAGE 4096u
 #define PER_FRAME (PAGE / 8)
-#define GRANT_PFN 4u
 #define DOMID_SELF 0x7FF0u
 
 static _Atomic uint64_t *entry_of(struct gnt_domain *d, uint32_t ref)
@@ -67,8 +65,8 @@ void grant_release(struct gnt_domain *granter, uint32_t ref, int32_t clear_writi
     atomic_fetch_and(entry_of(granter, ref), ~bits);
 }
 
-/* The entry waits for a frame from `domid`: commit it, and copy out the pfn it wants it at. -EPERM: it does not. */
-int32_t grant_accept(struct gnt_domain *taker, uint32_t ref, uint16_t domid, uint32_t *pfn)
+/* The entry waits for a frame from `domid`: commit it. -EPERM: it does not. */
+int32_t grant_accept(struct gnt_domain *taker, uint32_t ref, uint16_t domid)
 {
     _Atomic uint64_t *entry;
     uint64_t seen;
@@ -81,17 +79,17 @@ int32_t grant_accept(struct gnt_domain *taker, uint32_t ref, uint16_t domid, uin
         return -EPERM;
     if (!atomic_compare_exchange_strong(entry, &seen, seen | GTF_TRANSFER_COMMITTED))
         return -EPERM;
-    *pfn = (uint32_t)(seen >> 32);
     return 0;
 }
 
-/* The end of it: completed, or as it was. */
-void grant_accepted(struct gnt_domain *taker, uint32_t ref, int32_t completed)
+/* The end of it: frame `mfn` is there, which the entry says before it says that it is completed. What grant_accept saw in the
+ * rest of it is known: nothing is read again. */
+void grant_accepted(struct gnt_domain *taker, uint32_t ref, uint16_t domid, uint32_t mfn)
 {
-    if (completed)
-        atomic_fetch_or(entry_of(taker, ref), GTF_TRANSFER_COMPLETED);
-    else
-        atomic_fetch_and(entry_of(taker, ref), ~(uint64_t)GTF_TRANSFER_COMMITTED);
+    uint64_t body = (uint64_t)mfn << 32 | (uint64_t)domid << 16 | GTF_ACCEPT_TRANSFER | GTF_TRANSFER_COMMITTED;
+
+    atomic_store(entry_of(taker, ref), body);
+    atomic_store(entry_of(taker, ref), body | GTF_TRANSFER_COMPLETED);
 }
 
 /* ---- GNTTABOP_copy */
@@ -115,23 +113,24 @@ enum { SOURCE_GREF = 1, DEST_GREF = 2 };
 /* One side of a copy while it lasts: where its bytes are, and what to undo. */
 struct side {
     struct gnt_domain *granter; /* 0: the caller's own frame */
-    uint32_t ref;
+    uint32_t ref, mfn;          /* NO_MFN: no reference is held on the frame */
     uint64_t before;
     char *at;
 };
 
-static int16_t resolve(struct gnt_domain **domains, uint16_t caller, char *machine, const struct copy_ptr *p, int is_ref,
+static int16_t resolve(struct gnt_domain **domains, uint16_t caller, struct mmu *m, const struct copy_ptr *p, int is_ref,
                        int writable, struct side *s)
 {
     uint16_t domid = p->domid == DOMID_SELF ? caller : p->domid;
     struct gnt_domain *d = domid < DOMID_SELF ? domains[domid] : 0;
-    uint32_t pfn;
+    uint32_t mfn;
 
     s->granter = 0;
+    s->mfn = NO_MFN;
     if (!d || !d->alive)
         return BAD_DOMAIN;
     if (is_ref) {
-        int32_t r = p->frame > UINT32_MAX ? -ENOENT : claim(d, (uint32_t)p->frame, caller, writable, &pfn, &s->before);
+        int32_t r = p->frame > UINT32_MAX ? -ENOENT : claim(d, (uint32_t)p->frame, caller, writable, &mfn, &s->before);
 
         if (r)
             return r == -ENOENT ? BAD_GNTREF : PERMISSION_DENIED;
@@ -142,22 +141,27 @@ static int16_t resolve(struct gnt_domain **domains, uint16_t caller, char *machi
             return PERMISSION_DENIED;
         if (p->frame > UINT32_MAX)
             return BAD_COPY_ARG;
-        pfn = (uint32_t)p->frame;
+        mfn = (uint32_t)p->frame;
     }
-    if (pfn >= d->nr_frames || d->p2m[pfn] == NO_FRAME || (pfn >= GRANT_PFN && pfn < GRANT_PFN + GRANT_TABLE_FRAMES))
+    if (mfn >= m->nr_frames || m->frames[mfn].owner != d->domid)
         return is_ref ? BAD_GNTREF : BAD_COPY_ARG;
-    s->at = machine + (uint64_t)d->p2m[pfn] * PAGE + p->offset;
+    if (writable && frame_get(m, mfn, 1)) /* a table: nobody stores to it */
+        return PERMISSION_DENIED;
+    s->mfn = writable ? mfn : NO_MFN;
+    s->at = m->machine + (uint64_t)mfn * PAGE + p->offset;
     return OKAY;
 }
 
 /* The bits that this copy set, and only those. */
-static void undo(struct side *s)
+static void undo(struct mmu *m, struct side *s)
 {
+    if (s->mfn != NO_MFN)
+        frame_put(m, s->mfn, 1);
     if (s->granter)
         grant_release(s->granter, s->ref, !(s->before & GTF_WRITING), !(s->before & GTF_READING));
 }
 
-static int16_t copy_one(struct gnt_domain **domains, uint16_t caller, char *machine, const struct copy_op *op)
+static int16_t copy_one(struct gnt_domain **domains, uint16_t caller, struct mmu *m, const struct copy_op *op)
 {
     struct side source, dest;
     int16_t status;
@@ -165,27 +169,27 @@ static int16_t copy_one(struct gnt_domain **domains, uint16_t caller, char *mach
     if (op->flags & ~(uint16_t)(SOURCE_GREF | DEST_GREF) || op->source.offset > PAGE - 1u || op->dest.offset > PAGE - 1u ||
         op->len > PAGE - op->source.offset || op->len > PAGE - op->dest.offset)
         return BAD_COPY_ARG;
-    status = resolve(domains, caller, machine, &op->source, op->flags & SOURCE_GREF, 0, &source);
+    status = resolve(domains, caller, m, &op->source, op->flags & SOURCE_GREF, 0, &source);
     if (status == OKAY) {
-        status = resolve(domains, caller, machine, &op->dest, op->flags & DEST_GREF, 1, &dest);
+        status = resolve(domains, caller, m, &op->dest, op->flags & DEST_GREF, 1, &dest);
         if (status == OKAY)
             memmove(dest.at, source.at, op->len);
-        undo(&dest);
+        undo(m, &dest);
     }
-    undo(&source);
+    undo(m, &source);
     return status;
 }
 
 /* Run `count` private copies of gnttab_copy, each with a status of its own; how many were OKAY. The caller's own claims
  * are undone before the next one begins, so a failing entry leaves nothing behind. */
-uint32_t grant_copy(struct gnt_domain **domains, uint16_t caller, char *machine, char *ops, uint32_t count)
+uint32_t grant_copy(struct gnt_domain **domains, uint16_t caller, struct mmu *m, char *ops, uint32_t count)
 {
     uint32_t good = 0;
 
     for (uint32_t i = 0; i < count; i++) {
         struct copy_op *op = (struct copy_op *)(void *)ops + i;
 
-        op->status = copy_one(domains, caller, machine, op);
+        op->status = copy_one(domains, caller, m, op);
         good += op->status == OKAY;
     }
     return good;

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from hypervisor import guest_access, memory
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
-from hypervisor.domain import NO_FRAME, Domain
+from hypervisor.domain import Domain
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import grant as abi
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid, TooBig
 from hypervisor.public.grant import COPY, MAP_REF, TRANSFER, UNMAP_REF, GrantStatus, MapFlags
-from hypervisor.public.layout import GRANT_BASE, GRANT_ENTRIES, GRANT_FRAMES, GRANT_PFN, HYPERVISOR_VIRT_START
-from hypervisor.public.types import DOMID_SELF, MAX_BATCH, MAX_MAPTRACK, PAGE_SIZE
+from hypervisor.public.layout import GRANT_BASE, GRANT_ENTRIES, GRANT_FRAMES, HYPERVISOR_VIRT_START
+from hypervisor.public.types import DOMID_SELF, INVALID_PFN, MAX_BATCH, MAX_MAPTRACK, PAGE_SIZE
 
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
@@ -66,13 +66,16 @@ def address_is_free(domain: Domain, va: int) -> bool:
     )
 
 
-def hold(hv: Hypervisor, granter: Domain, grantee: Domain, ref: int, mfn: int, va: int, writable: bool) -> GrantMapping:
-    """Record a mapping and take its references; cannot fail."""
+def hold(
+    hv: Hypervisor, granter: Domain, grantee: Domain, ref: int, mfn: int, va: int, writable: bool
+) -> GrantMapping | None:
+    """Record a mapping and take its references; None, and nothing taken, if it would be writable and the frame is a table."""
+    if not hv.frames.get(mfn, writable):
+        return None
     while grantee.next_handle in grantee.maptrack:
         grantee.next_handle = grantee.next_handle % MAX_HANDLE + 1
     mapping = GrantMapping(granter, grantee, ref, mfn, va, writable, grantee.next_handle)
     grantee.next_handle = grantee.next_handle % MAX_HANDLE + 1
-    hv.frames.get(mfn, writable)
     grantee.maptrack[mapping.handle] = mapping
     grantee.reserved_vas.add(va)
     granter.active.setdefault(ref, []).append(mapping)
@@ -186,12 +189,14 @@ def _claim(hv: Hypervisor, caller: Domain, va: int, flags: int, ref: int, dom: i
     frame = ffi.new("uint32_t *")
     if lib.grant_claim(granter.gnt, ref, caller.domid, writable, frame):
         raise _Refusal(GrantStatus.PERMISSION_DENIED)
-    mfn = granter.p2m[frame[0]] if frame[0] < len(granter.p2m) else NO_FRAME
-    if mfn == NO_FRAME or GRANT_PFN <= frame[0] < GRANT_PFN + GRANT_FRAMES:
+    mfn = frame[0]
+    owned = mfn < hv.frames.nr_frames and hv.frames.frame[mfn].owner == granter.domid
+    mapping = hold(hv, granter, caller, ref, mfn, va, writable) if owned else None
+    if mapping is None:
         others = granter.active.get(ref, [])
         lib.grant_release(granter.gnt, ref, not any(m.writable for m in others), not others)
-        raise _Refusal(GrantStatus.BAD_GNTREF)
-    return hold(hv, granter, caller, ref, mfn, va, writable)
+        raise _Refusal(GrantStatus.PERMISSION_DENIED if owned else GrantStatus.BAD_GNTREF)
+    return mapping
 
 
 @hypercall(abi.GrantUnmap)
@@ -240,75 +245,50 @@ def copy(hv: Hypervisor, caller: Domain, call: abi.GrantCopy) -> int:
         raise TooBig(f"{call.count} entries, at most {MAX_BATCH}")
     records = bytearray(guest_access.copy_in(hv, caller, call.address, call.count * COPY.size))
 
-    done = lib.grant_copy(hv.gnts, caller.domid, hv.machine.base, ffi.from_buffer(records), call.count)
+    done = lib.grant_copy(hv.gnts, caller.domid, hv.frames.mmu, ffi.from_buffer(records), call.count)
     guest_access.copy_out(hv, caller, call.address, bytes(records))
     return done
 
 
 @hypercall(abi.GrantTransfer)
-def transfer(hv: Hypervisor, caller: Domain, call: abi.GrantTransfer) -> Steps:
+def transfer(hv: Hypervisor, caller: Domain, call: abi.GrantTransfer) -> int:
     if call.count > MAX_BATCH:
         raise TooBig(f"{call.count} entries, at most {MAX_BATCH}")
     raw = guest_access.copy_in(hv, caller, call.address, call.count * TRANSFER.size)
 
-    out = b""
-    done = 0
-    for pfn, domid, ref, _ in TRANSFER.iter_unpack(raw):
-        status = yield from _transfer_one(hv, caller, pfn, domid, ref)
-        out += TRANSFER.pack(pfn, domid, ref, status)
-        done += status == GrantStatus.OKAY
+    entries = [(mfn, domid, ref) for mfn, domid, ref, _ in TRANSFER.iter_unpack(raw)]
+    statuses = [_transfer_one(hv, caller, *entry) for entry in entries]
+    out = b"".join(TRANSFER.pack(*entry, status) for entry, status in zip(entries, statuses, strict=True))
     guest_access.copy_out(hv, caller, call.address, out)
-    return done
+    return statuses.count(GrantStatus.OKAY)
 
 
-def _transfer_one(hv: Hypervisor, caller: Domain, pfn: int, domid: int, ref: int) -> Steps:
-    """The frame leaves the caller first; what cannot be delivered then is the caller's loss, as in Xen."""
+def _transfer_one(hv: Hypervisor, caller: Domain, mfn: int, domid: int, ref: int) -> GrantStatus:
+    """A frame that nobody uses changes its owner, with what is in it; what it is called there is the taker's affair."""
     taker = hv.domains.get(domid)
     if taker is None or not taker.alive or not taker.gnt.alive or taker is caller:
         return GrantStatus.BAD_DOMAIN
-    wanted = ffi.new("uint32_t *")
-    if lib.grant_accept(taker.gnt, ref, caller.domid, wanted):
-        return GrantStatus.BAD_GNTREF
-    hole = wanted[0]
-    if not memory.is_hole(taker, hole):
-        lib.grant_accepted(taker.gnt, ref, 0)
-        return GrantStatus.BAD_GNTREF
-    mfn = memory.take_out(hv, caller, pfn)
-    if mfn is None:
-        lib.grant_accepted(taker.gnt, ref, 0)
+    if not memory.may_leave(hv, caller, mfn):
         return GrantStatus.BAD_PAGE
+    if hv.frames.owned[taker.domid] >= taker.max_frames:
+        return GrantStatus.NO_SPACE
+    if lib.grant_accept(taker.gnt, ref, caller.domid):
+        return GrantStatus.BAD_GNTREF
 
-    taker.expected.add(hole)
-    try:
-        yield from memory.unmap_own(hv, caller, [pfn])
-    except MonitorGone:  # the giver ended, and its burial has the frame: the taker may wait for another
-        if taker.gnt.alive:
-            lib.grant_accepted(taker.gnt, ref, 0)
-        raise
-    finally:
-        taker.expected.discard(hole)
-    del caller.leaving[pfn]
-    if hv.domains.get(domid) is not taker or taker.state in ("dying", "dead"):
-        hv.machine.scrub(mfn)
-        hv.frames.release(mfn)
-        return GrantStatus.BAD_DOMAIN
     hv.frames.give(mfn, taker.domid)
-    try:
-        yield from memory.put_in(hv, taker, [(hole, mfn)])
-    except MonitorGone:
-        return GrantStatus.BAD_DOMAIN  # the taker's burial has the frame
-    lib.grant_accepted(taker.gnt, ref, 1)
+    hv.m2p.pfn[mfn] = INVALID_PFN
+    lib.grant_accepted(taker.gnt, ref, caller.domid, mfn)
     return GrantStatus.OKAY
 
 
 @hypercall(abi.GrantSetupTable)
 def setup_table(hv: Hypervisor, caller: Domain, call: abi.GrantSetupTable) -> None:
-    hv.target(caller, call.domid)
+    target = hv.target(caller, call.domid)
     if call.nr_frames > GRANT_FRAMES:
         raise Invalid(f"{call.nr_frames} frames, the table has {GRANT_FRAMES}")
 
-    pfns = range(GRANT_PFN, GRANT_PFN + call.nr_frames)
-    guest_access.copy_out(hv, caller, call.address, struct.pack(f"<{len(pfns)}Q", *pfns))
+    mfns = target.grant_frames[: call.nr_frames]
+    guest_access.copy_out(hv, caller, call.address, struct.pack(f"<{len(mfns)}Q", *mfns))
 
 
 @hypercall(abi.GrantQuerySize)

@@ -1,28 +1,28 @@
 """Memory reservation: what a domain owns and may own, and frames that leave it or come to it.
 
-A frame that leaves is taken out of the p2m first, so that nothing new can refer to it, then unmapped; its references fall
-when the monitor has acknowledged. If the domain ends meanwhile, its burial finds the frame in `leaving`.
+A frame leaves when nobody uses it but its allocation: the guest takes it out of its tables first, so nothing here waits for
+a monitor. It is scrubbed before anybody else can have it.
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import TYPE_CHECKING
 
-from hypervisor import guest_access
+from hypervisor import budget, guest_access
 from hypervisor.dispatch import hypercall
-from hypervisor.domain import NO_FRAME, Domain
-from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
+from hypervisor.domain import Domain
 from hypervisor.loop import Steps
 from hypervisor.public import memory as abi
-from hypervisor.public.errors import NoMemory, TooBig
-from hypervisor.public.layout import KERNEL_PFN, virt
-from hypervisor.public.types import MAX_BATCH
+from hypervisor.public.errors import Invalid, NoMemory, TooBig
+from hypervisor.public.layout import M2P
+from hypervisor.public.types import INVALID_PFN, MAX_BATCH
 
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
-OWN = 2  # references of a frame that nobody but its owner uses: its allocation and its owner's mapping
+TURN_FRAMES = 1024  # scrubbed, or handed out, before others have a turn: 4 MiB
 
 
 @hypercall(abi.CurrentReservation)
@@ -35,94 +35,132 @@ def maximum_reservation(hv: Hypervisor, caller: Domain, call: abi.MaximumReserva
     return hv.target(caller, call.domid).max_frames
 
 
-def pfns_at(hv: Hypervisor, caller: Domain, address: int, count: int) -> tuple[int, ...]:
-    """The list, copied in once. Raises BadAddress, TooBig."""
+@hypercall(abi.MachphysMappingCall)
+def machphys_mapping(hv: Hypervisor, caller: Domain, call: abi.MachphysMappingCall) -> tuple[int, int, int]:
+    return M2P, M2P + 8 * hv.frames.nr_frames, hv.frames.nr_frames - 1
+
+
+# ---- what may leave
+
+
+def may_leave(hv: Hypervisor, domain: Domain, mfn: int) -> bool:
+    """It is the domain's, and nobody uses it."""
+    return mfn < hv.frames.nr_frames and hv.frames.frame[mfn].owner == domain.domid and hv.frames.is_idle(mfn)
+
+
+def discard(hv: Hypervisor, mfn: int) -> None:
+    """Scrub it, and back to the free list."""
+    hv.machine.scrub(mfn)
+    hv.m2p.pfn[mfn] = INVALID_PFN
+    hv.frames.release(mfn)
+
+
+def _extents(hv: Hypervisor, caller: Domain, address: int, count: int, order: int) -> list[int]:
+    """The list, copied in once. Raises BadAddress, TooBig, Invalid."""
     if count > MAX_BATCH:
-        raise TooBig(f"{count} entries, at most {MAX_BATCH}")
-    return struct.unpack(f"<{count}Q", guest_access.copy_in(hv, caller, address, 8 * count))
+        raise TooBig(f"{count} extents, at most {MAX_BATCH}")
+    if order > abi.MAX_ORDER:
+        raise Invalid(f"extents of order {order}, at most {abi.MAX_ORDER}")
+    return list(struct.unpack(f"<{count}Q", guest_access.copy_in(hv, caller, address, 8 * count)))
 
 
-def take_out(hv: Hypervisor, caller: Domain, pfn: int) -> int | None:
-    """Out of the p2m, if it may leave: the mfn, which is in `leaving` from here on; else None, and nothing changed."""
-    if not KERNEL_PFN <= pfn < len(caller.p2m) or caller.p2m[pfn] == NO_FRAME:
-        return None
-    mfn = caller.p2m[pfn]
-    if hv.frames.total[mfn] != OWN or virt(pfn) not in caller.own_refs or is_callring(caller, mfn):
-        return None
-
-    caller.p2m[pfn] = NO_FRAME
-    caller.leaving[pfn] = mfn
-    return mfn
-
-
-def is_hole(domain: Domain, pfn: int) -> bool:
-    """A frame may be put there: none is, none is coming, and the last one has been unmapped."""
-    return (
-        pfn < len(domain.p2m) and domain.p2m[pfn] == NO_FRAME and pfn not in domain.expected and pfn not in domain.leaving
-    )
-
-
-def is_callring(caller: Domain, mfn: int) -> bool:
-    """The hypervisor reads and writes this frame for as long as the domain lives, and counts no reference for it."""
-    return caller.callring is not None and caller.callring.mfn == mfn
-
-
-def unmap_own(hv: Hypervisor, caller: Domain, pfns: list[int]) -> Steps:
-    """Steps: unmap frames that were taken out; acknowledged, their mapping's references fall."""
-    assert caller.monitor is not None
-    try:
-        yield from caller.monitor.unmap([virt(pfn) for pfn in pfns])
-    except MonitorError as error:
-        caller.fail(f"its monitor could not unmap: {error}")
-        raise MonitorGone from None
-    for pfn in pfns:
-        hv.frames.put(*caller.own_refs.pop(virt(pfn)))
+def _leaving(hv: Hypervisor, caller: Domain, first: int, order: int) -> range | None:
+    """The frames of an extent, if all of them may leave."""
+    extent = range(first, first + (1 << order))
+    return extent if first % len(extent) == 0 and all(may_leave(hv, caller, mfn) for mfn in extent) else None
 
 
 @hypercall(abi.DecreaseReservation)
 def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReservation) -> Steps:
-    pfns, mfns = list[int](), list[int]()
-    for pfn in pfns_at(hv, caller, call.address, call.count):
-        mfn = take_out(hv, caller, pfn)
-        if mfn is None:
+    done = 0
+    for first in _extents(hv, caller, call.address, call.count, call.order):
+        extent = _leaving(hv, caller, first, call.order)
+        if extent is None:
             break
-        pfns.append(pfn)
-        mfns.append(mfn)
+        for mfn in extent:
+            discard(hv, mfn)
+        done += 1
+        if (done << call.order) % TURN_FRAMES == 0:
+            yield budget.turn(hv, caller)
+            if not caller.alive:
+                break
+    return done
 
-    yield from unmap_own(hv, caller, pfns)
-    for pfn, mfn in zip(pfns, mfns, strict=True):
-        del caller.leaving[pfn]
-        hv.machine.scrub(mfn)
-        hv.frames.release(mfn)
-    return len(mfns)
+
+# ---- what comes
+
+
+def _allocate(hv: Hypervisor, domain: Domain, count: int, order: int) -> list[int]:
+    """The first frames of at most `count` extents: what the maximum and the machine allow. Zeroed since they were freed."""
+    count = min(count, max(1, TURN_FRAMES >> order), max(0, domain.max_frames - hv.frames.owned[domain.domid]) >> order)
+    if order == 0:
+        return hv.frames.allocate(domain.domid, min(count, hv.frames.nr_free))
+    got = list[int]()
+    try:
+        for _ in range(count):
+            got.append(hv.frames.allocate_extent(domain.domid, order)[0])
+    except NoMemory:
+        pass
+    return got
+
+
+def _name(hv: Hypervisor, first: int, order: int, pfn: int) -> None:
+    """Tell the M2P which pfns an extent's frames are; whoever says INVALID_PFN names none."""
+    for i in range(1 << order):
+        hv.m2p.pfn[first + i] = INVALID_PFN if pfn == INVALID_PFN else (pfn + i) & INVALID_PFN
+
+
+@hypercall(abi.IncreaseReservation)
+def increase_reservation(hv: Hypervisor, caller: Domain, call: abi.IncreaseReservation) -> int:
+    nr = len(_extents(hv, caller, call.address, call.count, call.order))
+    return _come(hv, caller, call.address, call.order, [INVALID_PFN] * nr)
 
 
 @hypercall(abi.PopulatePhysmap)
-def populate_physmap(hv: Hypervisor, caller: Domain, call: abi.PopulatePhysmap) -> Steps:
-    wanted = list[int]()
-    for pfn in pfns_at(hv, caller, call.address, call.count):
-        if not is_hole(caller, pfn) or pfn in wanted:
-            break
-        wanted.append(pfn)
+def populate_physmap(hv: Hypervisor, caller: Domain, call: abi.PopulatePhysmap) -> int:
+    return _come(hv, caller, call.address, call.order, _extents(hv, caller, call.address, call.count, call.order))
+
+
+def _come(hv: Hypervisor, caller: Domain, address: int, order: int, pfns: list[int]) -> int:
+    got = _allocate(hv, caller, len(pfns), order)
     try:
-        frames = hv.frames.allocate(caller.domid, len(wanted))
-    except NoMemory:
-        frames = hv.frames.allocate(caller.domid, hv.frames.nr_free)
+        guest_access.copy_out(hv, caller, address, array("Q", got).tobytes())
+    except Exception:
+        for first in got:
+            for mfn in range(first, first + (1 << order)):
+                hv.frames.release(mfn)
+        raise
+    for first, pfn in zip(got, pfns, strict=False):
+        _name(hv, first, order, pfn)
+    return len(got)
 
-    placed = list(zip(wanted, frames, strict=False))
-    yield from put_in(hv, caller, placed)
-    return len(placed)
 
-
-def put_in(hv: Hypervisor, domain: Domain, placed: list[tuple[int, int]]) -> Steps:
-    """Steps: frames that `domain` owns into holes of its p2m, mapped writable; cannot fail but with the domain."""
-    assert domain.monitor is not None
-    for pfn, mfn in placed:
-        domain.p2m[pfn] = mfn
-        hv.frames.get(mfn, True)
-        domain.own_refs[virt(pfn)] = (mfn, True)
+@hypercall(abi.Exchange)
+def exchange(hv: Hypervisor, caller: Domain, call: abi.Exchange) -> int:
+    gone = _extents(hv, caller, call.in_address, call.in_count, call.in_order)
+    pfns = _extents(hv, caller, call.out_address, call.out_count, call.out_order)
+    size = call.in_count << call.in_order
+    if size != call.out_count << call.out_order:
+        raise Invalid("the two sides are not of one size")
+    if size > abi.MAX_EXCHANGE:
+        raise TooBig(f"{size} frames, at most {abi.MAX_EXCHANGE}")
+    extents = [_leaving(hv, caller, first, call.in_order) for first in gone]
+    leaving = {mfn for extent in extents if extent is not None for mfn in extent}
+    if len(leaving) != size:
+        raise Invalid("an extent that cannot leave, or one named twice")
+    got = list[int]()
     try:
-        yield from domain.monitor.map([(virt(pfn), mfn, PROT_READ | PROT_WRITE) for pfn, mfn in placed])
-    except MonitorError as error:
-        domain.fail(f"its monitor could not map: {error}")
-        raise MonitorGone from None
+        for _ in pfns:
+            got.append(hv.frames.allocate_extent(caller.domid, call.out_order)[0])
+        guest_access.copy_out(hv, caller, call.out_address, array("Q", got).tobytes())
+    except Exception:
+        for first in got:
+            for mfn in range(first, first + (1 << call.out_order)):
+                hv.frames.release(mfn)
+        raise
+
+    for mfn in leaving:
+        discard(hv, mfn)
+    for first, pfn in zip(got, pfns, strict=True):
+        _name(hv, first, call.out_order, pfn)
+    return len(gone)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hypervisor import evtchn, grant, lifecycle, memory
-from hypervisor.domain import NO_FRAME, Domain
+from hypervisor import evtchn, grant, lifecycle, mmu, space
+from hypervisor.domain import Domain
+from hypervisor.frames import NO_OWNER, FrameTable
 from hypervisor.gate.monitor import MAX_COMMANDS, Monitor, MonitorGone, Page
 from hypervisor.grant import GrantMapping
 from hypervisor.loop import Steps
@@ -26,6 +27,7 @@ from hypervisor.public.layout import (
     SHARED_INFO,
     virt,
 )
+from hypervisor.public.mmu import EXT_OP, MmuextCommand, MmuextOp
 from hypervisor.public.types import DOMID_SELF, MAX_BATCH, PAGE_SIZE
 from tests.conftest import NIGHTLY
 from tests.models import stand_in
@@ -39,13 +41,14 @@ from tests.models.grants import (
     end,
     entry,
     give,
+    give_frame,
     map_now,
     play,
     start_map,
     start_unmap,
     unmap_now,
 )
-from tests.models.stand_in import SCRATCH, StandIn
+from tests.models.stand_in import DOMAIN_FRAMES, SCRATCH, StandIn, tables_of
 
 MOVES = 100_000 if NIGHTLY else 6_000
 OKAY, DENIED = GrantStatus.OKAY, GrantStatus.PERMISSION_DENIED
@@ -69,8 +72,8 @@ def pair(hv: StandIn) -> tuple[Domain, Domain]:
 
 def counts(hv: StandIn, granter: Domain) -> tuple[int, int]:
     """References of the granted frame beyond its owner's mapping: (all, writable)."""
-    mfn = granter.p2m[FIRST_PFN]
-    return hv.frames.total[mfn] - 2, hv.frames.writable[mfn] - 1
+    frame = hv.frames.frame[granter.mfn_list[FIRST_PFN]]
+    return frame.total - 2, frame.count - 1
 
 
 def flags(hv: StandIn, granter: Domain) -> int:
@@ -83,7 +86,7 @@ def flags(hv: StandIn, granter: Domain) -> int:
 def test_a_grant_is_mapped_and_counted_and_let_go(hv: StandIn, pair: tuple[Domain, Domain]) -> None:
     one, two = pair
     ((status, handle, bus),) = map_now(hv, two, MapRef(VA, FIRST_REF, 1))
-    assert (status, bus) == (OKAY, one.p2m[FIRST_PFN]) and counts(hv, one) == (1, 1)
+    assert (status, bus) == (OKAY, one.mfn_list[FIRST_PFN]) and counts(hv, one) == (1, 1)
     assert hv.spaces[2].pages[VA] == (bus, True) and flags(hv, one) == Gtf.READING | Gtf.WRITING
     assert end(hv, one, FIRST_REF) != 0, "it is mapped"
     hv.quiet()
@@ -98,7 +101,7 @@ def test_read_only_is_mapped_through_the_read_only_descriptor(hv: StandIn) -> No
     give(hv, one, FIRST_REF, 2, FIRST_PFN, readonly=True)
     got = map_now(hv, two, MapRef(VA, FIRST_REF, 1), MapRef(VA, FIRST_REF, 1, READ_ONLY))
     assert [status for status, _, _ in got] == [DENIED, OKAY]
-    assert hv.spaces[2].pages[VA] == (one.p2m[FIRST_PFN], False)
+    assert hv.spaces[2].pages[VA] == (one.mfn_list[FIRST_PFN], False)
     assert counts(hv, one) == (1, 0) and flags(hv, one) == Gtf.READING | Gtf.READONLY
     hv.quiet()
 
@@ -138,13 +141,43 @@ def test_only_the_domain_it_names_may_map_it(hv: StandIn, pair: tuple[Domain, Do
     assert map_now(hv, hv.domains[0], MapRef(VA, FIRST_REF, 1))[0][0] == DENIED, "dom0 neither"
 
 
-@pytest.mark.parametrize("frame", [GRANT_PFN, GRANT_PFN + GRANT_FRAMES - 1, stand_in.DOMAIN_FRAMES, 0xFFFFFFFF])
-def test_a_frame_that_is_not_the_granters_to_give(hv: StandIn, frame: int) -> None:
-    """Its own grant table, or none of its frames; the entry is let go again."""
-    one = hv.domains[1]
-    give(hv, one, FIRST_REF, 2, frame)
+@pytest.mark.parametrize("whose", ["another's", "nobody's", "beyond", "a pfn"])
+def test_a_frame_that_is_not_the_granters_to_give(hv: StandIn, whose: str) -> None:
+    """The entry is let go again."""
+    one, three = hv.domains[1], hv.domains[3]
+    free = next(mfn for mfn in range(hv.frames.nr_frames) if hv.frames.frame[mfn].owner == NO_OWNER)
+    pfn = next(pfn for pfn in range(DOMAIN_FRAMES) if pfn not in one.mfn_list)
+    mfns = {"another's": three.mfn_list[FIRST_PFN], "nobody's": free, "beyond": 0xFFFFFFFF, "a pfn": pfn}
+    give_frame(hv, one, FIRST_REF, 2, mfns[whose])
     assert map_now(hv, hv.domains[2], MapRef(VA, FIRST_REF, 1))[0][0] == GrantStatus.BAD_GNTREF
     assert flags(hv, one) == 0 and end(hv, one, FIRST_REF) == 0
+    hv.quiet()
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_a_table_is_given_for_reading_alone(hv: StandIn, level: int) -> None:
+    one, two = hv.domains[1], hv.domains[2]
+    table = tables_of(DOMAIN_FRAMES).tables[level]
+    give(hv, one, FIRST_REF, 2, table)
+    assert [got[0] for got in map_now(hv, two, MapRef(VA, FIRST_REF, 1), MapRef(VA, FIRST_REF, 1, READ_ONLY))] == [DENIED, OKAY]
+    assert hv.spaces[2].pages[VA] == (one.mfn_list[table], False)
+    assert flags(hv, one) == Gtf.READING, "what was refused left no mark"
+    hv.quiet()
+
+
+def test_what_another_can_write_becomes_no_table(hv: StandIn, pair: tuple[Domain, Domain]) -> None:
+    """Not even when its owner has let go of it; and a frame that is read may."""
+    one, two = pair
+    mfn = one.mfn_list[FIRST_PFN]
+    ((_, handle, _),) = map_now(hv, two, MapRef(VA, FIRST_REF, 1))
+    hv.hide(one, FIRST_PFN)
+    hv.write(one, EXT_OP.pack(MmuextCommand.PIN_L1, mfn, 0))
+    with pytest.raises(Invalid):
+        hv.done(one, MmuextOp(SCRATCH, 1, 0, DOMID_SELF))
+    unmap_now(hv, two, (VA, handle))
+    map_now(hv, two, MapRef(VA, FIRST_REF, 1, READ_ONLY))
+    assert hv.done(one, MmuextOp(SCRATCH, 1, 0, DOMID_SELF)) == 1
+    assert map_now(hv, two, MapRef(VA + PAGE_SIZE, FIRST_REF, 1))[0][0] == DENIED
     hv.quiet()
 
 
@@ -199,8 +232,8 @@ def test_later_changes_of_the_entry_change_nothing(hv: StandIn, pair: tuple[Doma
     """The hypervisor decides from what it copied when it mapped, never from the guest's copy."""
     one, two = pair
     ((_, handle, mfn),) = map_now(hv, two, MapRef(VA, FIRST_REF, 1))
-    hv.machine.write(one.p2m[GRANT_PFN], FIRST_REF * 8, b"\xff" * 8)
-    assert unmap_now(hv, two, (VA, handle)) == [OKAY] and counts(hv, one) == (0, 0) and mfn == one.p2m[FIRST_PFN]
+    hv.machine.write(one.mfn_list[GRANT_PFN], FIRST_REF * 8, b"\xff" * 8)
+    assert unmap_now(hv, two, (VA, handle)) == [OKAY] and counts(hv, one) == (0, 0) and mfn == one.mfn_list[FIRST_PFN]
     hv.quiet()
 
 
@@ -243,7 +276,7 @@ def test_arrays_and_limits(hv: StandIn, monkeypatch: pytest.MonkeyPatch) -> None
     for kind in (GrantMap, GrantUnmap):
         with pytest.raises(TooBig):
             hv.done(two, kind(SCRATCH, MAX_BATCH + 1))
-        for address in (0, VA, SHARED_INFO, virt(len(two.p2m)) - 8, (1 << 64) - 8):
+        for address in (0, VA, SHARED_INFO, virt(len(two.mfn_list)), (1 << 64) - 8):
             with pytest.raises(BadAddress):
                 hv.done(two, kind(address, 1))
         assert hv.done(two, kind(0, 0)) == 0
@@ -291,7 +324,7 @@ def test_a_dead_granters_frame_becomes_a_zero_page(hv: StandIn, pair: tuple[Doma
     hv.machine.write(mfn, 0, b"secret")
     hv.kill(1)
     hv.settle()
-    assert one.state == "dying" and hv.frames.owner[mfn] == 1 and hv.machine.read(mfn, 0, 6) == b"secret"
+    assert one.state == "dying" and hv.frames.frame[mfn].owner == 1 and hv.machine.read(mfn, 0, 6) == b"secret"
     hv.spaces[2].serve()
     assert hv.spaces[2].pages[VA] == (ZERO, True)
     hv.settle()
@@ -424,17 +457,29 @@ class Machine(RuleBasedStateMachine):
     def unmap(self, a: int, first: int, count: int) -> None:
         self.game.unmap(a, first, count)
 
-    @rule(a=who, pfn=number, count=st.integers(1, 3), more=st.booleans())
-    def reserve(self, a: int, pfn: int, count: int, more: bool) -> None:
-        self.game.reserve(a, pfn, count, more)
+    @rule(a=who, pfn=number, mfn=number, kind=st.integers(0, 23))
+    def place(self, a: int, pfn: int, mfn: int, kind: int) -> None:
+        self.game.place(a, pfn, mfn, kind)
 
-    @rule(a=who, b=who, pfn=number)
-    def accept(self, a: int, b: int, pfn: int) -> None:
-        self.game.accept(a, b, pfn)
+    @rule(a=who, pfn=number, write=st.booleans())
+    def touch(self, a: int, pfn: int, write: bool) -> None:
+        self.game.touch(a, pfn, write)
 
-    @rule(a=who, b=who, pfn=number, count=st.integers(1, 3))
-    def flip(self, a: int, b: int, pfn: int, count: int) -> None:
-        self.game.flip(a, b, pfn, count)
+    @rule(a=who, first=number, count=st.integers(1, 3))
+    def shrink(self, a: int, first: int, count: int) -> None:
+        self.game.shrink(a, first, count)
+
+    @rule(a=who, count=st.integers(1, 3))
+    def grow(self, a: int, count: int) -> None:
+        self.game.grow(a, count)
+
+    @rule(a=who, b=who, ref=number)
+    def accept(self, a: int, b: int, ref: int) -> None:
+        self.game.accept(a, b, ref)
+
+    @rule(a=who, b=who, first=number, count=st.integers(1, 3))
+    def flip(self, a: int, b: int, first: int, count: int) -> None:
+        self.game.flip(a, b, first, count)
 
     @rule(a=who, fail_at=st.none() | st.integers(0, 63))
     def serve(self, a: int, fail_at: int | None) -> None:
@@ -484,34 +529,38 @@ def drop_too_early(hv: StandIn, domain: Domain) -> None:
     grant.drop_all(hv, domain)
 
 
-def forget_the_count(hv: StandIn, mapping: GrantMapping) -> None:
-    """A zero page stands there, and the frame is still counted as mapped."""
-    mapping.granter.active[mapping.ref].remove(mapping)
-    if not mapping.granter.active[mapping.ref]:
-        del mapping.granter.active[mapping.ref]
-    mapping.orphan = True
+def forget_the_count(hv: StandIn, mapping: GrantMapping, real: Any = grant.drop) -> None:
+    """It is unmapped, and the frame is still counted as mapped."""
+    if not mapping.orphan:
+        hv.frames.get(mapping.mfn, mapping.writable)
+    real(hv, mapping)
 
 
-def let_go(hv: StandIn, domain: Domain, pfn: int) -> int | None:
-    """A frame may leave although others map it."""
-    mfn = domain.p2m[pfn] if pfn < len(domain.p2m) else NO_FRAME
-    if mfn == NO_FRAME or pfn < FIRST_PFN:
-        return None
-    domain.p2m[pfn], domain.leaving[pfn] = NO_FRAME, mfn
-    return mfn
+def settle_late(hv: StandIn, domain: Domain, job: Any) -> Steps:
+    """The references of an old entry fall before its host mapping is gone."""
+    changes = job.changes[0 : job.nr_changes]
+    grant.lib.mmu_commit(hv.frames.mmu, job)
+    if changes:
+        yield from space.follow(hv, domain, space.ffi.new("struct host_change[]", changes), len(changes))
 
 
-def unmap_later(hv: StandIn, domain: Domain, pfns: list[int]) -> Steps:
-    """The references of a frame that leaves fall before it is unmapped."""
-    assert domain.monitor is not None
-    for pfn in pfns:
-        hv.frames.put(*domain.own_refs.pop(virt(pfn)))
-    yield from domain.monitor.unmap([virt(pfn) for pfn in pfns])
+def never_follow(hv: StandIn, domain: Domain, changes: Any, count: int) -> Steps:
+    """Host mappings stay as they are."""
+    yield hv.loop.turn
 
 
-def empty(domain: Domain, pfn: int) -> bool:
-    """A hole counts as one although its frame is still mapped there."""
-    return pfn < len(domain.p2m) and domain.p2m[pfn] == NO_FRAME and pfn not in domain.expected
+def writers_only(frames: FrameTable, mfn: int) -> bool:
+    """A frame that is only read may leave."""
+    return not frames.frame[mfn].count and not frames.frame[mfn].done
+
+
+def no_maximum(hv: StandIn, caller: Domain, mfn: int, domid: int, ref: int, real: Any = grant._transfer_one) -> GrantStatus:
+    """A flip to whoever owns enough already."""
+    taker = hv.domains[domid]
+    maximum, taker.max_frames = taker.max_frames, 1 << 20
+    status: GrantStatus = real(hv, caller, mfn, domid, ref)
+    taker.max_frames = maximum
+    return status
 
 
 class Interleaves(Monitor):
@@ -534,13 +583,14 @@ DEFECTS: dict[str, tuple[Any, str, Any]] = {
     "counts fall before the acknowledgement": (grant, "release", release_first),
     "freed before it is taken back": (grant, "take_back", orphan_at_once),
     "a dying grantee is forgotten": (evtchn, "close_all", drop_too_early),
-    "a count is forgotten": (grant, "orphan", forget_the_count),
+    "a count is forgotten": (grant, "drop", forget_the_count),
     "a long map lets others in between": (stand_in, "Monitor", Interleaves),
     "flags are cleared while it is mapped": (grant, "lib", ReleasesTooMuch()),
     "an address that is coming counts as free": (grant, "address_is_free", lambda domain, va: va not in domain.monitor.shadow),
-    "a mapped frame leaves": (memory, "take_out", let_go),
-    "a frame leaves before it is unmapped": (memory, "unmap_own", unmap_later),
-    "a hole is filled too early": (memory, "is_hole", empty),
+    "a frame that is read leaves": (FrameTable, "is_idle", writers_only),
+    "an entry's references fall too early": (mmu, "_settle", settle_late),
+    "host mappings do not follow": (space, "follow", never_follow),
+    "a flip over the maximum": (grant, "_transfer_one", no_maximum),
     "frames are not scrubbed": (stand_in.MachineMemory, "scrub", lambda self, mfn, count=1: None),
 }
 
