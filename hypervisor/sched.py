@@ -76,8 +76,7 @@ def shutdown(hv: Hypervisor, caller: Domain, call: abi.SchedShutdown) -> None:
 
 @hypercall(abi.SetTimer)
 def set_timer(hv: Hypervisor, caller: Domain, call: abi.SetTimer) -> None:
-    if caller.timer is not None:
-        caller.timer.cancel()
-        caller.timer = None
+    caller.stop_timer("once")
     if call.deadline_ns:
-        caller.timer = hv.loop.at(hv.boot_ns + call.deadline_ns, lambda: evtchn.raise_virq(hv, caller, VIRQ_TIMER))
+        due = hv.boot_ns + call.deadline_ns
+        caller.timers["once"] = hv.loop.at(due, lambda: evtchn.raise_virq(hv, caller, VIRQ_TIMER))

@@ -1,0 +1,74 @@
+/* Time as guests read it: Xen's time record and wall clock in shared_info, written under a version that is odd meanwhile. */
+#define _GNU_SOURCE
+#include "hv.h"
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <time.h>
+#include <x86intrin.h>
+
+#define TRIES 5
+
+struct time_info { /* vcpu_time_info, at offset 32 of shared_info */
+    _Atomic uint32_t version;
+    uint32_t pad0;
+    _Atomic uint64_t tsc_timestamp, system_time;
+    _Atomic uint32_t mul;
+    _Atomic int8_t shift;
+    _Atomic uint8_t flags;
+    uint8_t pad1[2];
+};
+struct wall_clock { /* at offset 3072 */
+    _Atomic uint32_t version, sec, nsec, sec_hi;
+};
+_Static_assert(sizeof(struct time_info) == 32 && offsetof(struct time_info, mul) == 24, "vcpu_time_info");
+_Static_assert(offsetof(struct time_info, flags) == 29 && sizeof(struct wall_clock) == 16, "flags, wall clock");
+
+/* CLOCK_MONOTONIC and the cycle counter at one moment: the pair that was read fastest of a few. */
+void clock_sample(struct clock_pair *out)
+{
+    uint64_t best = UINT64_MAX;
+
+    for (int i = 0; i < TRIES; i++) {
+        struct timespec t;
+        uint64_t before = __rdtsc(), after;
+
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        after = __rdtsc();
+        if (after - before < best) {
+            best = after - before;
+            out->tsc = before + best / 2;
+            out->ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+        }
+    }
+}
+
+/* One writer, many readers that may be reading now; `stable`: cycles of every CPU count alike, so that the record holds. */
+void clock_tell(void *shared_info, uint64_t tsc, uint64_t system_time, uint32_t mul, int8_t shift, uint32_t stable)
+{
+    struct time_info *t = (struct time_info *)(void *)((char *)shared_info + 32);
+    uint32_t version = atomic_load_explicit(&t->version, memory_order_relaxed) | 1;
+
+    atomic_store_explicit(&t->version, version, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    atomic_store_explicit(&t->tsc_timestamp, tsc, memory_order_relaxed);
+    atomic_store_explicit(&t->system_time, system_time, memory_order_relaxed);
+    atomic_store_explicit(&t->mul, mul, memory_order_relaxed);
+    atomic_store_explicit(&t->shift, shift, memory_order_relaxed);
+    atomic_store_explicit(&t->flags, (uint8_t)stable, memory_order_relaxed);
+    atomic_store_explicit(&t->version, version + 1, memory_order_release);
+}
+
+/* Unix time of system time 0. */
+void clock_tell_wall(void *shared_info, uint64_t sec, uint32_t nsec)
+{
+    struct wall_clock *w = (struct wall_clock *)(void *)((char *)shared_info + 3072);
+    uint32_t version = atomic_load_explicit(&w->version, memory_order_relaxed) | 1;
+
+    atomic_store_explicit(&w->version, version, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    atomic_store_explicit(&w->sec, (uint32_t)sec, memory_order_relaxed);
+    atomic_store_explicit(&w->nsec, nsec, memory_order_relaxed);
+    atomic_store_explicit(&w->sec_hi, (uint32_t)(sec >> 32), memory_order_relaxed);
+    atomic_store_explicit(&w->version, version + 1, memory_order_release);
+}

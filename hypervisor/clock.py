@@ -1,0 +1,181 @@
+"""Time: the records that guests read without a call, timers beside the one-shot one, and where a domain's time went.
+
+The rate of the cycle counter is measured against CLOCK_MONOTONIC between samples at least BASELINE_NS apart, and every record
+starts from a fresh sample: what a guest computes is off by the jitter of two samples, some tens of ns, not by a drift.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import evtchn
+from hypervisor._hv import ffi, lib
+from hypervisor.dispatch import hypercall
+from hypervisor.domain import Domain
+from hypervisor.loop import Loop
+from hypervisor.public import clock as abi
+from hypervisor.public.clock import TIME_STABLE, RunState, RunStateInfo
+from hypervisor.public.errors import Invalid
+from hypervisor.public.types import VIRQ_TIMER
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+
+EVERY_NS = 500_000_000  # between two records; NTP slews CLOCK_MONOTONIC by 500 ppm at most, seldom by 1
+BASELINE_NS = 1_000_000_000
+LEAST_BASELINE_NS = 5_000_000  # two samples this close say the rate to 20 ppm
+VIRTUAL_LEAST_NS = 500_000  # between two looks at a CPU clock
+
+
+def counter_is_clock() -> bool:
+    """The host itself keeps time by the cycle counter: it counts alike on every CPU, and always."""
+    try:
+        return Path("/sys/devices/system/clocksource/clocksource0/current_clocksource").read_text().strip() == "tsc"
+    except OSError:
+        return False
+
+
+def scale(ns: int, tsc: int) -> tuple[int, int]:
+    """(mul, shift) such that ns = (tsc << shift) * mul >> 32, mul of 32 bits with the highest one set."""
+    shift = 0
+    while ns >= tsc:
+        tsc, shift = 2 * tsc, shift + 1
+    while 2 * ns < tsc:
+        ns, shift = 2 * ns, shift - 1
+    return (ns << 32) // tsc, shift
+
+
+class Clock:
+    """The hypervisor's own: `boot_ns` is CLOCK_MONOTONIC at system time 0."""
+
+    def __init__(self, loop: Loop, boot_ns: int) -> None:
+        self._loop, self._boot_ns = loop, boot_ns
+        self._stable = TIME_STABLE * counter_is_clock()
+        self._old = self._new = self._sample()
+        self.wall_ns = time.time_ns() - (time.monotonic_ns() - boot_ns)  # Unix time of system time 0
+        self._domains: dict[int, Domain] = {}
+
+    @staticmethod
+    def _sample() -> tuple[int, int]:
+        pair: Any = ffi.new("struct clock_pair *")
+        lib.clock_sample(pair)
+        return pair.tsc, pair.ns
+
+    def serve(self, domains: dict[int, Domain]) -> None:
+        """From now on, write the records of these again and again."""
+        self._domains = domains
+        self._again()
+
+    def _again(self) -> None:
+        self._new = self._sample()
+        for domain in self._domains.values():
+            self.tell(domain)
+        if self._new[1] - self._old[1] >= 2 * BASELINE_NS:
+            self._old = self._sample()
+        self._loop.at(self._new[1] + EVERY_NS, self._again)
+
+    def tell(self, domain: Domain) -> None:
+        """Its records, if it has a shared_info."""
+        if not domain.shared_info:
+            return
+        new = self._sample()
+        if new[1] - self._old[1] < LEAST_BASELINE_NS:  # nobody can say the rate yet
+            stable, (mul, shift) = 0, (0, 0)
+        else:
+            stable, (mul, shift) = self._stable, scale(new[1] - self._old[1], new[0] - self._old[0])
+        lib.clock_tell(domain.shared_info, new[0], new[1] - self._boot_ns, mul, shift, stable)
+        lib.clock_tell_wall(domain.shared_info, self.wall_ns // 10**9, self.wall_ns % 10**9)
+
+
+@hypercall(abi.SetTime)
+def set_time(hv: Hypervisor, caller: Domain, call: abi.SetTime) -> None:
+    wall_ns = call.sec * 10**9 + call.nsec - call.system_time
+    if call.nsec >= 10**9 or wall_ns < 0:
+        raise Invalid("no such time")
+
+    hv.clock.wall_ns = wall_ns
+    for domain in hv.domains.values():
+        hv.clock.tell(domain)
+
+
+# ---- timers
+
+
+@hypercall(abi.SetPeriodicTimer)
+def set_periodic(hv: Hypervisor, caller: Domain, call: abi.SetPeriodicTimer) -> None:
+    if call.period_ns < abi.MIN_PERIOD_NS:
+        raise Invalid(f"a period of {call.period_ns} ns: at least {abi.MIN_PERIOD_NS}")
+
+    caller.stop_timer("periodic")
+    _tick(hv, caller, time.monotonic_ns() + call.period_ns, call.period_ns)
+
+
+def _tick(hv: Hypervisor, domain: Domain, due: int, period: int) -> None:
+    """What was missed while nobody could run is not made up for: the guest sees one event either way."""
+
+    def fire() -> None:
+        evtchn.raise_virq(hv, domain, VIRQ_TIMER)
+        now = time.monotonic_ns()
+        _tick(hv, domain, due + period * max(1, -(-(now - due) // period)), period)
+
+    domain.timers["periodic"] = hv.loop.at(due, fire)
+
+
+@hypercall(abi.StopPeriodicTimer)
+def stop_periodic(hv: Hypervisor, caller: Domain, call: abi.StopPeriodicTimer) -> None:
+    caller.stop_timer("periodic")
+
+
+@hypercall(abi.SetVirtualTimer)
+def set_virtual(hv: Hypervisor, caller: Domain, call: abi.SetVirtualTimer) -> None:
+    caller.stop_timer("virtual")
+    if call.deadline_ns:
+        _look_at_virtual(hv, caller, call.deadline_ns)
+
+
+def _look_at_virtual(hv: Hypervisor, domain: Domain, deadline: int) -> None:
+    """Virtual time is never faster than real time: what is left of it is the least that must pass before another look."""
+    left = deadline - virtual_ns(domain)
+    if left <= 0:
+        evtchn.raise_virq(hv, domain, VIRQ_TIMER)
+        return
+    due = time.monotonic_ns() + max(left, VIRTUAL_LEAST_NS)
+    domain.timers["virtual"] = hv.loop.at(due, lambda: _look_at_virtual(hv, domain, deadline))
+
+
+# ---- accounts
+
+
+def virtual_ns(domain: Domain) -> int:
+    """What its process has run."""
+    process = domain.process
+    if process is None:
+        return 0
+    if process.ended:
+        return process.cpu_ns
+    try:
+        return time.clock_gettime_ns((~process.pid << 3) | 2)
+    except OSError:
+        return 0
+
+
+def run_state(domain: Domain) -> RunStateInfo:
+    """Since its launch. What waited for a CPU is known to the host alone (schedstat); what is left over was spent asleep."""
+    if not domain.launched:
+        return RunStateInfo(RunState.OFFLINE, 0, 0, 0, 0)
+    now = time.monotonic_ns()
+    elapsed = now - domain.launched_ns
+    offline = min(elapsed, domain.offline_ns + (now - domain.paused_ns if domain.paused_ns else 0))
+    running = min(elapsed - offline, virtual_ns(domain))
+    process = domain.process
+    runnable = min(elapsed - offline - running, process.waited_ns() if process else 0)
+    state = process.run_state() if process and domain.state == "running" else RunState.OFFLINE
+    return RunStateInfo(state, running, runnable, elapsed - offline - running - runnable, offline)
+
+
+@hypercall(abi.GetRunState)
+def get_run_state(hv: Hypervisor, caller: Domain, call: abi.GetRunState) -> tuple[int, ...]:
+    info = run_state(caller)
+    return (int(RunState.RUNNING), *info[1:])  # whoever asks runs
