@@ -3,14 +3,25 @@
 A domain on our own CPU that waits for each answer and asks for little pays with its own time: while we serve it, it does not
 run. The first FREE_NS of such a call are not charged. What is longer is, and everything of a domain that does not wait for
 its answers, or that runs on another CPU and takes this one from whoever is here. Whoever has overdrawn is not listened to
-until the bucket has refilled, but only while somebody else wants something: time that nobody wants is free. Round robin
-alone would give two domains with long calls all but a few percent of the machine.
+until the bucket has refilled, and a call of its that is under way stops where it gives others a turn; but only while
+somebody else wants something: time that nobody wants is free. Round robin alone would give two domains with long calls all
+but a few percent of the machine.
+
+Hypercalls and page faults are charged alike: `charge` and `charged` are what their servers call.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hypervisor.loop import Resume, Steps, Wait
+from hypervisor.public.domctl import CreateFlags
+
+if TYPE_CHECKING:
+    from hypervisor.core import Hypervisor
+    from hypervisor.domain import Domain
 
 SHARE = 0.04  # of one CPU
 BURST_NS = 2_000_000
@@ -19,6 +30,7 @@ FREE_NS = 30_000
 HASTE_NS = 5_000  # nobody can have slept, woken and asked again in less
 HASTY_NS = 1_000_000  # so long is a domain that did not wait taken for one that does not
 NEAR_NS = 10_000_000  # how long a look at where it runs is believed
+TURN_NS = 200_000  # of a list of things to do, before others have a turn
 WANTED_NS = 5_000_000  # somebody else who asked so long ago is still there
 
 
@@ -62,3 +74,65 @@ class Demand:
         """Somebody else asked within WANTED_NS."""
         _, when = self._before if self._last[0] is domain else self._last
         return time.monotonic_ns() - when < WANTED_NS
+
+
+def charged(hv: Hypervisor, caller: Domain, steps: Steps, begin: int) -> Steps:
+    """`steps`, with every step on the caller's bill before anything of its is sent: a receiver that wakes on this CPU
+    would run on our clock."""
+    value: Any = None
+    wait: Wait
+    while True:
+        try:
+            wait = steps.throw(value) if isinstance(value, BaseException) else steps.send(value)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            charge(hv, caller, begin)
+        try:
+            value = yield wait
+        except BaseException as error:
+            value = error
+        begin = time.monotonic_ns()
+
+
+def charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
+    """To its budget; whoever has overdrawn is parked while another domain wants something."""
+    end = time.monotonic_ns()
+    hv.demand.asked(caller, end)
+    wait_ns = caller.budget.charge(begin, end)
+    if not wait_ns or caller.parked or caller.privileged or caller.flags & CreateFlags.DRIVER:
+        return
+    if hv.demand.others(caller):
+        caller.parked = True
+        hv.loop.at(end + wait_ns, lambda: _unpark(hv, caller))
+        hv.listen(caller)
+
+
+def turn(hv: Hypervisor, caller: Domain) -> Wait:
+    """A Wait: let everybody else have a turn; who has overdrawn goes on when it is listened to again. Other things may have
+    happened by then: the caller may be dead."""
+
+    def wait(resume: Resume) -> None:
+        if caller.parked:
+            caller.held_up.append(resume)
+        else:
+            hv.loop.turn(resume)
+
+    return wait
+
+
+def take_turns(hv: Hypervisor, caller: Domain, begin: int) -> Steps:
+    """Steps: a turn for others where the caller has had its own since `begin`. Returns since when it has one now."""
+    if time.monotonic_ns() - begin < TURN_NS:
+        return begin
+    yield turn(hv, caller)
+    return time.monotonic_ns()
+
+
+def _unpark(hv: Hypervisor, caller: Domain) -> None:
+    caller.parked = False
+    held_up, caller.held_up = caller.held_up, []
+    for resume in held_up:
+        hv.loop.turn(resume)
+    hv.busy_rings.catch_up(caller)
+    hv.listen(caller)

@@ -11,7 +11,25 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from hypervisor import callring, console, dispatch, domctl, evtchn, grant, hypercall, lifecycle, memory, sched, sysctl, version
+from hypervisor import (
+    callring,
+    clock,
+    console,
+    dispatch,
+    domctl,
+    evtchn,
+    fault,
+    grant,
+    hypercall,
+    lifecycle,
+    memory,
+    mmu,
+    sched,
+    segments,
+    sysctl,
+    traps,
+    version,
+)  # fmt: skip
 from hypervisor._hv import ffi
 from hypervisor.budget import Demand
 from hypervisor.callring import BusyRings
@@ -20,8 +38,9 @@ from hypervisor.frames import FrameTable
 from hypervisor.gate.monitor import sealed_code
 from hypervisor.host import Host
 from hypervisor.loop import Loop, Steps, run_task
-from hypervisor.machine import MachineMemory
+from hypervisor.machine import M2P, MachineMemory
 from hypervisor.processes import Children
+from hypervisor.public.boot_tables import boot_tables
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid, NoSuchDomain, NotPermitted
 from hypervisor.public.layout import (
@@ -31,17 +50,21 @@ from hypervisor.public.layout import (
     FD_UPCALL,
     GRANT_ENTRIES,
     GRANT_PFN,
+    KERNEL_PFN,
     KERNEL_WINDOW,
     SHARED_INFO,
     START_INFO_PFN,
     VIRT_BASE,
     virt,
 )
+from hypervisor.public.mmu import PageType
 from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
 from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, PAGE_SIZE, VIRQ_CONSOLE
 from hypervisor.zygote import Zygote
 
-MODULES = [callring, console, dispatch, domctl, evtchn, grant, memory, sched, sysctl, version]  # who serves calls
+MODULES = [  # who serves calls
+    callring, clock, console, dispatch, domctl, evtchn, grant, memory, mmu, sched, segments, sysctl, traps, version,
+]  # fmt: skip
 DOM0_FRAMES = 2048
 UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
 
@@ -57,12 +80,14 @@ class Hypervisor:
         self.loop = Loop()
         self.loop.before_sleep = lambda: hypercall.look_at_rings(self)
         self.make_tables()
+        self.clock = clock.Clock(self.loop, self.boot_ns)
         self.children = Children(self.loop)
         name = f"/{self.instance}-machine"
         self.journal(f"shm {name}")
         self.machine = MachineMemory(nr_frames, name)
         self.isolation.append(f"machine memory: {nr_frames * PAGE_SIZE >> 20} MiB of {self.machine.kind}")
-        self.frames = FrameTable(nr_frames)
+        self.m2p = M2P(nr_frames)
+        self.frames = FrameTable(nr_frames, self.machine.base, self.m2p.pfn)
         self.code_fd = sealed_code()
         self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
         self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -89,20 +114,33 @@ class Hypervisor:
             if error is not None:
                 self.panic(f"dom0 cannot start: {error}")
                 return
-            info = StartInfo(
-                len(dom0.p2m), SIF_PRIVILEGED | SIF_INITDOMAIN, 0, 0, 0, 0, 0, 0, cmdline, DOM0, "dom0", VIRT_BASE,
-                KERNEL_WINDOW, SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, FD_DESCRIPTORS, self.boot_ns,
-                virt(GRANT_PFN), GRANT_ENTRIES, entry,
-            )  # fmt: skip
-            self.machine.write(dom0.p2m[START_INFO_PFN], 0, info.pack())
             lifecycle.launch(self, dom0)
 
-        steps = lifecycle.create(self, dom0, DOM0_FRAMES, entry, self._dom0_descriptors.fileno())
-        run_task(steps, built)
+        run_task(self._build_dom0(dom0, entry, cmdline), built)
+
+    def _build_dom0(self, dom0: Domain, entry: str, cmdline: str) -> Steps:
+        """What dom0's builder does for all others."""
+        yield from lifecycle.create(self, dom0, DOM0_FRAMES, entry, self._dom0_descriptors.fileno())
+        mfns = dom0.mfn_list
+        tables = boot_tables(KERNEL_PFN, DOM0_FRAMES)
+        info = StartInfo(
+            DOM0_FRAMES, SIF_PRIVILEGED | SIF_INITDOMAIN, 0, 0, 0, 0, 0, 0, cmdline, DOM0, "dom0", VIRT_BASE,
+            KERNEL_WINDOW, SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, FD_DESCRIPTORS, self.boot_ns,
+            virt(GRANT_PFN), GRANT_ENTRIES, entry, virt(tables.tables.start), len(tables.tables),
+            virt(tables.mfn_list.start), DOM0_FRAMES,
+        )  # fmt: skip
+        self.machine.write(mfns[START_INFO_PFN], 0, info.pack())
+        packed = tables.pack(mfns)
+        for i in range(0, len(packed), PAGE_SIZE):
+            self.machine.write(mfns[tables.mfn_list.start + i // PAGE_SIZE], 0, packed[i : i + PAGE_SIZE])
+        root = mfns[tables.tables.start]
+        yield from mmu.pin(self, dom0, root, PageType.L3)
+        yield from lifecycle.start_with(self, dom0, root)
 
     def run(self) -> str:
         """Until dom0 shuts the machine down or dies; returns why."""
         self.host.drop_privileges()
+        self.clock.serve(self.domains)
         while not self._stopped:
             self.loop.step()
         self.zygote.stopping = True
@@ -141,6 +179,11 @@ class Hypervisor:
 
     # ---- what handlers ask
 
+    def listen(self, domain: Domain) -> None:
+        """Watch what it may say next, hypercalls and page faults, or stop watching, as its state asks."""
+        hypercall.listen(self, domain)
+        fault.listen(self, domain)
+
     def lookup(self, domid: int) -> Domain:
         """A living domain. Raises NoSuchDomain; a dead one's record is found too, as Xen finds a dying domain."""
         domain = self.domains.get(domid)
@@ -158,6 +201,12 @@ class Hypervisor:
         if not domain.alive:
             raise Invalid(f"domain {domid} is {domain.state}")
         return domain
+
+    def hold(self, domain: Domain, mfn: int) -> None:
+        """A frame of a domain's that we write from now on: it cannot become a table, nor leave. It is writable already."""
+        held = self.frames.get(mfn, True)
+        assert held, f"mfn {mfn} is a table"
+        domain.held.append(mfn)
 
     def uid_of(self, domain: Domain) -> int:
         return UID_BASE + domain.domid if self.own_uids and not domain.privileged else -1

@@ -16,7 +16,7 @@ from operator import gt
 from types import GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hypervisor import guest_access
+from hypervisor import budget, guest_access
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps
 from hypervisor.public import hypercall as abi
@@ -117,7 +117,7 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
         wanted = hv.demand.others(caller)
         yield from _run_entries(hv, caller, left[: TURN if wanted else LONG_TURN], results)
         if wanted and len(results) < request.count:
-            yield hv.loop.turn
+            yield budget.turn(hv, caller)
         if not caller.alive:
             return
     answered = bytearray(entries)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from array import array
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import posix_ipc
 
@@ -15,15 +15,14 @@ from hypervisor._hv import ffi, lib
 from hypervisor.budget import Budget
 from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
+from hypervisor.public.clock import RunState
 from hypervisor.public.domctl import CreateFlags
-from hypervisor.public.layout import VIRT_BASE
-from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
+from hypervisor.space import Space
 
 if TYPE_CHECKING:
     from hypervisor.grant import GrantMapping
 
 DOM0 = 0
-NO_FRAME = 0xFFFFFFFF  # a hole in a p2m
 
 
 @dataclass
@@ -61,10 +60,34 @@ class Process:
         except (OSError, ValueError, IndexError):
             return -1
 
+    def waited_ns(self) -> int:
+        """How long it was ready to run and did not (proc(5), schedstat); 0 where the host keeps no account, or it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/schedstat", "rb") as file:
+                return int(file.read().split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def run_state(self) -> RunState:
+        """Running or ready, or asleep (proc(5), stat); the host does not tell running from ready."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+        except (OSError, IndexError):
+            return RunState.OFFLINE
+        return RunState.RUNNABLE if state in (b"R", b"T") else RunState.BLOCKED
+
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+class Trap(NamedTuple):
+    """A handler that the guest kernel registered."""
+
+    address: int  # in its process
+    masks_events: bool  # upcalls are masked on entry
 
 
 class Domain:
@@ -77,6 +100,7 @@ class Domain:
         # life: building -> paused <-> running -> dying -> dead
         self.state = "building"
         self.launched = False
+        self.launched_ns = self.paused_ns = self.offline_ns = 0  # CLOCK_MONOTONIC; since when it is paused; paused in all
         self.reason = ""
         self.exit_code = -1
         self.process: Process | None = None
@@ -84,26 +108,34 @@ class Domain:
         self.smaps_fd = -1
         self.fail: Callable[[str], None] = lambda why: None  # begin its end, with a reason
         self._when_dead: list[Callable[[], None]] = []
-        # memory: pfn -> mfn, and the address space
-        self.p2m = array("I")
+        # memory
+        self.mfn_list: list[int] = []  # the frames it was built of, in the order of its pfns; it may have given some away
         self.max_frames = 0
-        self.own_refs: dict[int, tuple[int, bool]] = {}  # its own mapping's references: va -> (mfn, writable)
-        self.leaving: dict[int, int] = {}  # pfn -> mfn on its way out: in the p2m no more, and no hole to be filled yet
-        self.expected: set[int] = set()  # pfns that a frame is on its way to
+        self.grant_frames: list[int] = []  # of its table
+        self.held: list[int] = []  # frames of it that the hypervisor writes: they cannot become tables, nor leave
+        self.space = Space()
+        self.gdt: list[int] = []  # frames of its descriptor table
         self.monitor: Monitor | None = None
         self.entry = 0
         # hypercalls
         self.queues: tuple[posix_ipc.MessageQueue, posix_ipc.MessageQueue] | None = None
         self.busy = False  # a continuation of its runs: its queue is not read
         self.parked = False  # it has overdrawn its budget: likewise
+        self.held_up: list[Resume] = []  # what of it goes on when it is not parked any more
         self.watched = False  # the loop watches its queue
         self.budget = Budget(self._is_near)
         self.callring: Any = None
+        # page faults
+        self.fault_socket: socket.socket | None = None  # the hypervisor's end of FD_FAULT
+        self.faulting = False  # one is being served: the socket is not read
+        self.faults_watched = False  # the loop watches it
+        self.traps: dict[int, Trap] = {}  # by vector
+        self.writable_tables = False  # a store to one is a request to update it (vm_assist)
         # events
         self.evt: Any = ffi.new("struct evt_end *")
         self.ports: dict[int, Any] = {}  # the open ones: port -> struct evt_port of `evt`
         self.virqs: dict[int, int] = {}
-        self.timer: Timer | None = None
+        self.timers: dict[str, Timer] = {}  # "once", "periodic", "virtual"
         self.blocked: Resume | None = None
         self.polled: tuple[Resume, tuple[int, ...]] | None = None
         # grants: what it maps of others, what others map of it
@@ -114,6 +146,7 @@ class Domain:
         self.next_handle = 1
         # counters
         self.hypercalls = 0
+        self.faults = self.fills = self.bounces = 0  # page faults told of; answered with a mapping, or by the handler
         self.cpu_ns = 0
 
     def __repr__(self) -> str:
@@ -133,12 +166,11 @@ class Domain:
         """Its next call may be served now: one at a time, and within its budget."""
         return self.state == "running" and not self.busy and not self.parked
 
-    def translate(self, va: int) -> tuple[int, int] | None:
-        """(mfn, offset) of a guest-virtual address in the boot mapping, or None where nothing is mapped."""
-        pfn = (va - VIRT_BASE) >> PAGE_SHIFT
-        if 0 <= pfn < len(self.p2m) and (mfn := self.p2m[pfn]) != NO_FRAME:
-            return mfn, va % PAGE_SIZE
-        return None
+    def stop_timer(self, name: str) -> None:
+        """Cancel it, if there is one."""
+        timer = self.timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
 
     def _is_near(self) -> bool:
         """It runs on our CPU."""

@@ -6,17 +6,22 @@ import os
 import re
 import signal
 import socket
+import struct
+import time
 from typing import TYPE_CHECKING
 
-from hypervisor import grant, lifecycle
+from hypervisor import grant, guest_access, lifecycle
+from hypervisor._hv import lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import DOM0, Domain
-from hypervisor.gate.monitor import PROT_EXEC, PROT_READ, PROT_WRITE, MonitorError, MonitorGone
+from hypervisor.frames import NO_MFN
+from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, MonitorError, MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import domctl as abi
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Busy, Exists, Invalid, NoMemory, NoSpace, NotPermitted, TooBig
-from hypervisor.public.layout import KERNEL_PFN, VIRT_BASE, virt
+from hypervisor.public.layout import KERNEL_PFN
+from hypervisor.public.traps import PF_FETCH
 from hypervisor.public.types import DOMID_FIRST_RESERVED, MAX_BATCH, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -96,7 +101,7 @@ def pause(hv: Hypervisor, caller: Domain, call: abi.PauseDomain) -> None:
         raise Invalid(f"domain {domain.domid} is {domain.state}")
 
     domain.process.signal(signal.SIGSTOP)
-    domain.state = "paused"
+    domain.state, domain.paused_ns = "paused", time.monotonic_ns()
 
 
 @hypercall(abi.UnpauseDomain)
@@ -106,11 +111,12 @@ def unpause(hv: Hypervisor, caller: Domain, call: abi.UnpauseDomain) -> None:
         raise Invalid(f"domain {domain.domid} is {domain.state}")
     if domain.active.get(grant.FOREIGN):
         raise Busy("its frames are still mapped by the builder")
-    if domain.flags & CreateFlags.NATIVE and not domain.entry:
-        raise Invalid("a native domain without launch_info")
+    if domain.space.windows[0] == NO_MFN:
+        raise Invalid("a domain without launch_info")
 
     if domain.launched:
-        domain.state = "running"
+        domain.offline_ns += time.monotonic_ns() - domain.paused_ns
+        domain.state, domain.paused_ns = "running", 0
         domain.process.signal(signal.SIGCONT)
     else:
         lifecycle.launch(hv, domain)
@@ -150,16 +156,18 @@ def map_foreign(hv: Hypervisor, caller: Domain, call: abi.MapForeign) -> Steps:
     domain = _being_built(hv, call.domid)
     if call.count > MAX_BATCH:
         raise TooBig(f"{call.count} frames, at most {MAX_BATCH}")
-    if call.pfn + call.count > len(domain.p2m):
-        raise Invalid(f"pfn {call.pfn}+{call.count}: the domain has {len(domain.p2m)}")
+    if call.pfn + call.count > len(domain.mfn_list):
+        raise Invalid(f"pfn {call.pfn}+{call.count}: the domain has {len(domain.mfn_list)}")
     addresses = [call.address + i * PAGE_SIZE for i in range(call.count)]
     if not all(grant.address_is_free(caller, va) for va in addresses):
         raise Invalid("the address is not free")
+    mfns = domain.mfn_list[call.pfn : call.pfn + call.count]
+    if any(hv.frames.is_table(mfn) for mfn in mfns):
+        raise Invalid("one of them is a table")
     assert caller.monitor is not None
 
     pages = []
-    for i, va in enumerate(addresses):
-        mfn = domain.p2m[call.pfn + i]
+    for mfn, va in zip(mfns, addresses, strict=True):
         grant.hold(hv, domain, caller, grant.FOREIGN, mfn, va, writable=True)
         pages.append((va, mfn, PROT_READ | PROT_WRITE))
     try:
@@ -187,23 +195,32 @@ def unmap_foreign(hv: Hypervisor, caller: Domain, call: abi.UnmapForeign) -> Ste
 @hypercall(abi.LaunchInfo)
 def launch_info(hv: Hypervisor, caller: Domain, call: abi.LaunchInfo) -> Steps:
     domain = _being_built(hv, call.domid)
-    text = range(call.text_pfn, call.text_pfn + call.text_count)
-    if not call.text_count or text.start < KERNEL_PFN or text.stop > len(domain.p2m):
-        raise Invalid("the executable frames lie outside the kernel's")
-    if not virt(text.start) <= call.entry < virt(text.stop) or call.entry < VIRT_BASE:
-        raise Invalid("the entry is not in an executable frame")
-    if domain.entry:
-        raise Invalid("launch_info was given already")
-    assert domain.monitor is not None
+    if domain.space.windows[0] != NO_MFN:
+        raise Exists("launch_info was given already")
+    if not lifecycle.may_start_with(hv, domain, call.root):
+        raise Invalid("no pinned root of its own, or one with entries in the half of grants")
+    if domain.flags & CreateFlags.NATIVE and not lib.mmu_allows(hv.frames.mmu, call.root, call.entry, PF_FETCH):
+        raise Invalid("the entry is not in an executable page")
 
     domain.entry = call.entry
-    try:
-        yield from domain.monitor.map([(virt(pfn), domain.p2m[pfn], PROT_READ | PROT_EXEC) for pfn in text])
-    except MonitorError as error:  # EPERM where /dev/shm is mounted noexec
-        domain.fail(f"its monitor could not map the kernel's code: {error}")
-        raise MonitorGone from None
-    for pfn in text:  # the writable reference of the boot mapping becomes a read-only one
-        mfn = domain.p2m[pfn]
-        hv.frames.get(mfn, False)
-        hv.frames.put(mfn, True)
-        domain.own_refs[virt(pfn)] = (mfn, False)
+    yield from lifecycle.start_with(hv, domain, call.root)
+
+
+@hypercall(abi.GetMemList)
+def get_mem_list(hv: Hypervisor, caller: Domain, call: abi.GetMemList) -> int:
+    domain = _being_built(hv, call.domid)
+    if call.count > MAX_BATCH:
+        raise TooBig(f"{call.count} frames, at most {MAX_BATCH}")
+
+    mfns = domain.mfn_list[call.first : call.first + call.count]
+    guest_access.copy_out(hv, caller, call.address, struct.pack(f"<{len(mfns)}Q", *mfns))
+    return len(mfns)
+
+
+@hypercall(abi.SetMaxMem)
+def set_max_mem(hv: Hypervisor, caller: Domain, call: abi.SetMaxMem) -> None:
+    domain = hv.lookup(call.domid)
+    if not domain.alive:
+        raise Invalid(f"domain {call.domid} is {domain.state}")
+
+    domain.max_frames = call.max_frames

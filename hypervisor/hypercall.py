@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 
-from hypervisor import callring, dispatch
+from hypervisor import budget, callring, dispatch
 from hypervisor.domain import Domain
 from hypervisor.gate.monitor import MonitorGone
-from hypervisor.loop import Steps, Wait, run_task
-from hypervisor.public.domctl import CreateFlags
+from hypervisor.loop import Steps, run_task
 from hypervisor.public.errors import NoSuchDomain, XenError
 from hypervisor.public.hypercall import decode_message, encode_items
 from hypervisor.public.types import MESSAGE_BYTES
@@ -30,8 +29,9 @@ Done = Callable[[Any, BaseException | None], None]
 
 
 def listen(hv: Hypervisor, domain: Domain) -> None:
-    """Watch its queue, or stop watching it, as its state asks."""
-    wanted = domain.launched and domain.alive and not domain.busy and not domain.parked
+    """Watch its queue, or stop watching it, as its state asks. While a call of its runs the queue stays watched until a second
+    message is there (`serve`): who waits for each answer costs no change of what is watched, 2 us a call."""
+    wanted = domain.launched and domain.alive and not domain.parked and (domain.watched or not domain.busy)
     if wanted == domain.watched or domain.queues is None:
         return
     domain.watched = wanted
@@ -43,7 +43,11 @@ def listen(hv: Hypervisor, domain: Domain) -> None:
 
 def serve(hv: Hypervisor, caller: Domain) -> None:
     """One message. It is the caller's queue: that is who calls."""
-    if caller.busy or caller.parked or caller.queues is None:
+    if caller.queues is None or caller.parked:
+        return
+    if caller.busy:
+        hv.loop.unwatch(caller.queues[0].mqd)
+        caller.watched = False
         return
     begin = time.monotonic_ns()
     try:
@@ -56,13 +60,13 @@ def serve(hv: Hypervisor, caller: Domain) -> None:
         op, sequence, arguments = decode_message(message)
         outcome = dispatch.call(hv, caller, op, arguments)
     except XenError as error:
-        _charge(hv, caller, begin)
+        budget.charge(hv, caller, begin)
         _reply(caller, [sequence, error.errno])
         return
     if type(outcome) is GeneratorType:
         _run(hv, caller, outcome, lambda value, error: _completed(caller, sequence, value, error), begin)
     else:
-        _charge(hv, caller, begin)
+        budget.charge(hv, caller, begin)
         _reply(caller, [sequence, 0, *_values(outcome)])
 
 
@@ -92,47 +96,7 @@ def _run(hv: Hypervisor, caller: Domain, steps: Steps, done: Done, begin: int) -
         listen(hv, caller)
 
     caller.busy = True
-    run_task(_charged(hv, caller, steps, begin), ended)
-    if caller.busy:
-        listen(hv, caller)
-
-
-def _charged(hv: Hypervisor, caller: Domain, steps: Steps, begin: int) -> Steps:
-    """`steps`, with every step on the caller's bill before anything of its is sent: a receiver that wakes on this CPU
-    would run on our clock."""
-    value: Any = None
-    wait: Wait
-    while True:
-        try:
-            wait = steps.throw(value) if isinstance(value, BaseException) else steps.send(value)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            _charge(hv, caller, begin)
-        try:
-            value = yield wait
-        except BaseException as error:
-            value = error
-        begin = time.monotonic_ns()
-
-
-def _charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
-    """To its budget; whoever has overdrawn is parked while another domain wants something."""
-    end = time.monotonic_ns()
-    hv.demand.asked(caller, end)
-    wait_ns = caller.budget.charge(begin, end)
-    if not wait_ns or caller.parked or caller.privileged or caller.flags & CreateFlags.DRIVER:
-        return
-    if hv.demand.others(caller):
-        caller.parked = True
-        hv.loop.at(end + wait_ns, lambda: _unpark(hv, caller))
-        listen(hv, caller)
-
-
-def _unpark(hv: Hypervisor, caller: Domain) -> None:
-    caller.parked = False
-    hv.busy_rings.catch_up(caller)
-    listen(hv, caller)
+    run_task(budget.charged(hv, caller, steps, begin), ended)
 
 
 def _completed(caller: Domain, sequence: int, value: Any, error: BaseException | None) -> None:

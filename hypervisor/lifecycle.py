@@ -1,6 +1,6 @@
 """Birth and death of domains: one path up, one path down, both continuations that never block the loop.
 
-    create: frames, queues, process (zygote or exec), its first message, monitor locked, frames mapped, waiting = "paused"
+    create: frames, queues, process (zygote or exec), its first message, monitor locked, shared_info mapped, waiting = "paused"
     end:    kill, wait for every process AND the hang-up of the monitor's socket, drop what it mapped, take back what
             others map of it (a zero page in its place), scrub, free
 
@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 import msgpack
 import posix_ipc
 
-from hypervisor import evtchn, grant, hypercall, zygote
-from hypervisor._hv import ffi
-from hypervisor.domain import DOM0, NO_FRAME, Domain, Process
+from hypervisor import evtchn, fault, grant, memory, space, zygote
+from hypervisor._hv import ffi, lib
+from hypervisor.domain import DOM0, Domain, Process
 from hypervisor.gate.boot import BootConfig
 from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone, first_message
 from hypervisor.loop import Resume, Steps, Wait
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import NoSpace
-from hypervisor.public.layout import GRANT_FRAMES, GRANT_PFN, SHARED_INFO, SHARED_INFO_PFN, virt
+from hypervisor.public.layout import GRANT_BASE, GRANT_FRAMES, GRANT_PFN, SHARED_INFO, SHARED_INFO_PFN
+from hypervisor.public.mmu import ENTRIES, L3_SHIFT, PageType
 from hypervisor.public.types import MESSAGE_BYTES, MESSAGES, VIRQ_DOM_EXC
 
 if TYPE_CHECKING:
@@ -36,17 +37,20 @@ if TYPE_CHECKING:
 
 BOOT_SECONDS = 20.0  # from fork to the first message; an exec'ed domain imports its program first
 SCRUB_FRAMES = 1024  # 4 MiB a turn
+LOOK_FRAMES = 1 << 18  # looked at in a turn, for who owns them
 
 
 def create(hv: Hypervisor, domain: Domain, nr_frames: int, entry: str, descriptors: int = -1) -> Steps:
     """Steps: make `domain` ready to be built. Raises XenError, with everything undone."""
-    domain.p2m = array.array("I", hv.frames.allocate(domain.domid, nr_frames))
+    domain.mfn_list = hv.frames.allocate(domain.domid, nr_frames)
+    for pfn, mfn in enumerate(domain.mfn_list):
+        hv.m2p.pfn[mfn] = pfn
     domain.max_frames = nr_frames
     hv.domains[domain.domid] = domain
     hv.children.expecting += 1
     try:
         yield from _start_process(hv, domain, entry, descriptors)
-        yield from _map_reservation(hv, domain)
+        yield from _share(hv, domain)
     except (MonitorGone, MonitorError, OSError, posix_ipc.Error, NoSpace) as error:
         why = str(error) or "died before it was ready"
         hv.log(f"{domain}: creation failed: {domain.reason or why}")
@@ -67,10 +71,11 @@ def _start_process(hv: Hypervisor, domain: Domain, entry: str, descriptors: int)
         domain.queues = _make_queues(hv, names)
         config = BootConfig(
             domain.domid, domain.name, os.getpid(), hv.uid_of(domain), int(domain.flags), entry, names[0], names[1],
-            0 if domain.privileged else hv.landlock, not domain.privileged,
+            0 if domain.privileged else hv.landlock, not domain.privileged, hv.m2p.size,
         )  # fmt: skip
-        rights = array.array("i", [hv.machine.rw, hv.machine.ro, hv.code_fd, monitor.command_fd])
-        monitor.sock.sendmsg([b"boot"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        with fault.door(domain) as theirs:
+            fds = [hv.machine.rw, hv.machine.ro, hv.code_fd, monitor.command_fd, hv.m2p.ro, theirs.fileno()]
+            monitor.sock.sendmsg([b"boot"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         if domain.privileged or domain.flags & CreateFlags.DRIVER:
             fds = [monitor.peer.fileno()] + ([descriptors] if descriptors >= 0 else [])
             pid = zygote.spawn(
@@ -152,39 +157,60 @@ def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
     return wait
 
 
-def _map_reservation(hv: Hypervisor, domain: Domain) -> Steps:
-    """The boot mapping: shared_info on top, the reservation linearly from VIRT_BASE. One writable reference each."""
-    assert domain.monitor is not None
+def _share(hv: Hypervisor, domain: Domain) -> Steps:
+    """What the hypervisor and the guest both write: shared_info, mapped on top, and the grant table."""
+    domain.grant_frames = domain.mfn_list[GRANT_PFN : GRANT_PFN + GRANT_FRAMES]
+    shared_info = domain.mfn_list[SHARED_INFO_PFN]
+    for mfn in (shared_info, *domain.grant_frames):
+        hv.hold(domain, mfn)
     _show_to_kernels(hv, domain)
-    pages = [(SHARED_INFO, domain.p2m[0], PROT_READ | PROT_WRITE)]
-    pages += [(virt(pfn), mfn, PROT_READ | PROT_WRITE) for pfn, mfn in enumerate(domain.p2m)]
-    for _, mfn, _ in pages:
-        hv.frames.get(mfn, True)
-    domain.own_refs = {va: (mfn, True) for va, mfn, _ in pages}
-    yield from domain.monitor.map(pages)
+    space.tell_window(domain)
+    hv.clock.tell(domain)
+    assert domain.monitor is not None
+    yield from domain.monitor.map([(SHARED_INFO, shared_info, PROT_READ | PROT_WRITE)])
+
+
+def may_start_with(hv: Hypervisor, domain: Domain, root: int) -> bool:
+    """A pinned root of its own, whose half from GRANT_BASE on is empty."""
+    if root >= hv.frames.nr_frames:
+        return False
+    frame = hv.frames.frame[root]
+    return (
+        frame.owner == domain.domid
+        and frame.type == PageType.L3
+        and bool(frame.pinned)
+        and lib.mmu_next(hv.frames.mmu, root, GRANT_BASE >> L3_SHIFT) == ENTRIES
+    )
+
+
+def start_with(hv: Hypervisor, domain: Domain, root: int) -> Steps:
+    """Steps: show its first root in window 0, for good, and map what it says."""
+    yield from space.get_table(hv, domain, root, PageType.L3)
+    hv.frames.frame[root].window = 1
+    domain.space.windows[0] = root
+    yield from space.show_all(hv, domain, root)
 
 
 def _show_to_kernels(hv: Hypervisor, domain: Domain) -> None:
-    """From here on the C kernels find this domain's shared_info, grant table and frames."""
-    domain.evt.shared_info = hv.machine.pointer(domain.p2m[SHARED_INFO_PFN])
-    for i in range(GRANT_FRAMES):
-        domain.gnt.table[i] = hv.machine.pointer(domain.p2m[GRANT_PFN + i])
-    domain.gnt.p2m = ffi.from_buffer("uint32_t[]", domain.p2m)
-    domain.gnt.nr_frames, domain.gnt.alive = len(domain.p2m), 1
+    """From here on the C kernels find this domain's shared_info and grant table."""
+    domain.evt.shared_info = hv.machine.pointer(domain.mfn_list[SHARED_INFO_PFN])
+    for i, mfn in enumerate(domain.grant_frames):
+        domain.gnt.table[i] = hv.machine.pointer(mfn)
+    domain.gnt.domid, domain.gnt.alive = domain.domid, 1
     hv.ends[domain.domid], hv.gnts[domain.domid] = domain.evt, domain.gnt
 
 
 def _hide_from_kernels(hv: Hypervisor, domain: Domain) -> None:
     hv.ends[domain.domid] = hv.gnts[domain.domid] = ffi.NULL
-    domain.evt.shared_info = domain.gnt.p2m = ffi.NULL
-    domain.gnt.nr_frames = domain.gnt.alive = 0
+    domain.evt.shared_info = ffi.NULL
+    domain.gnt.alive = 0
 
 
 def launch(hv: Hypervisor, domain: Domain) -> None:
     """ "go": the guest's first instruction. Its queue is read from now on."""
     assert domain.queues is not None
-    domain.state, domain.launched = "running", True
-    hypercall.listen(hv, domain)
+    domain.state, domain.launched, domain.launched_ns = "running", True, time.monotonic_ns()
+    hv.listen(domain)
     domain.queues[1].send(msgpack.packb([0, 0, domain.entry]))
 
 
@@ -214,9 +240,10 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
         hv.panic(f"dom0 ended: {domain.reason}")
         return
     hv.log(f"{domain}: {domain.reason}")
-    if domain.timer is not None:
-        domain.timer.cancel()
-    hypercall.listen(hv, domain)
+    for name in list(domain.timers):
+        domain.stop_timer(name)
+    hv.listen(domain)
+    fault.hang_up(hv, domain)
     domain.blocked = domain.polled = None
     evtchn.close_all(hv, domain)
     _hide_from_kernels(hv, domain)
@@ -238,15 +265,15 @@ def _bury(hv: Hypervisor, domain: Domain) -> Steps:
     domain.cpu_ns = max(domain.cpu_ns, hv.cpu_ns(domain))
     grant.drop_all(hv, domain)
     yield from grant.take_back(hv, domain)
-    for mfn, writable in domain.own_refs.values():
-        hv.frames.put(mfn, writable)
-    owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME] + list(domain.leaving.values())
-    domain.p2m, domain.own_refs, domain.leaving = array.array("I"), {}, {}
-    for at in range(0, len(owned), SCRUB_FRAMES):
-        for mfn in owned[at : at + SCRUB_FRAMES]:
-            hv.machine.scrub(mfn)
-            hv.frames.release(mfn)
-        yield hv.loop.turn
+    domain.mfn_list, domain.held, domain.gdt = [], [], []
+    for first in range(0, hv.frames.nr_frames, LOOK_FRAMES):
+        owned = hv.frames.of(domain.domid, range(first, min(first + LOOK_FRAMES, hv.frames.nr_frames)))
+        for at in range(0, len(owned), SCRUB_FRAMES):
+            part = owned[at : at + SCRUB_FRAMES]
+            hv.frames.reset(part)
+            for mfn in part:
+                memory.discard(hv, mfn)
+            yield hv.loop.turn
     for queue in domain.queues or ():
         queue.close()
     domain.queues = None

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from hypervisor import domctl, guest_access
+from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
+from hypervisor.frames import NO_MFN
 from hypervisor.public import sysctl as abi
 from hypervisor.public.errors import NoEntry, TooBig
-from hypervisor.public.types import DOMID_SELF, PAGE_SIZE
+from hypervisor.public.mmu import PageType
+from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, PAGE_SIZE
 
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
@@ -49,6 +52,22 @@ def frame_counts(hv: Hypervisor) -> dict[str, int]:
     return {"frames_total": total, "frames_free": free, "frames_owned": total - free, "frames_shared": len(shared)}
 
 
+def paging(hv: Hypervisor) -> list[dict[str, Any]]:
+    """What each living domain uses its frames as, what is mapped of its tables, and its page faults."""
+    counts: Any = ffi.new("uint32_t[][8]", DOMID_FIRST_RESERVED)
+    lib.frame_census(hv.frames.mmu, counts, DOMID_FIRST_RESERVED)
+    kinds = [(kind.name.lower(), int(kind)) for kind in PageType] + [("mapped", lib.FRAME_MAPPED)]
+    return [
+        {
+            "domain": d.name,
+            **{name: counts[domid][kind] for name, kind in kinds},
+            "windows": sum(root != NO_MFN for root in d.space.windows),
+            "faults": d.faults, "fills": d.fills, "bounces": d.bounces,
+        }
+        for domid, d in sorted(hv.domains.items()) if d.state != "dead"
+    ]  # fmt: skip
+
+
 @hypercall(abi.GetDomainInfoList)
 def info_list(hv: Hypervisor, caller: Domain, call: abi.GetDomainInfoList) -> int:
     rows = [list(domctl.info(hv, d)._replace(reason=d.reason[:REASON_CHARS])) for _, d in sorted(hv.domains.items())]
@@ -67,6 +86,7 @@ def ledger(hv: Hypervisor, caller: Domain, call: abi.Ledger) -> int:
         "grants": sum(len(d.maptrack) for d in live),
         "ports": sum(len(d.ports) for d in live),
         "domains": [d.name for d in live],
+        "paging": paging(hv),
         **frame_counts(hv),
     }
     return _answer(hv, caller, call, msgpack.packb(book))

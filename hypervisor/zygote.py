@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 PRELOAD = """
     hypervisor.public.callring hypervisor.public.console hypervisor.public.domctl hypervisor.public.evtchn
-    hypervisor.public.grant hypervisor.public.memory hypervisor.public.sched hypervisor.public.sysctl hypervisor.public.version
+    hypervisor.public.grant hypervisor.public.memory hypervisor.public.sched hypervisor.public.sysctl hypervisor.public.traps
+    hypervisor.public.version
     hypervisor.public.io.blkif hypervisor.public.io.netif hypervisor.public.io.xenbus
     domain.kernel domain.callring domain.console domain.store domain.xenbus domain.blkfront domain.netfront domain.udp
+    domain.paging
     array base64 binascii bisect collections dataclasses datetime enum functools hashlib heapq io itertools json math
     operator random re statistics string struct textwrap time traceback types typing zlib code codeop
     encodings.ascii encodings.idna encodings.latin_1 encodings.utf_8 linecache unicodedata selectors
