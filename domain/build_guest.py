@@ -15,7 +15,7 @@ ffibuilder.cdef((HERE / "guest.h").read_text().split("/* cdef begin */")[1].spli
 ffibuilder.set_source(
     "domain._guest",
     '#include "guest.h"',
-    sources=[os.path.relpath(HERE / "guest.c", ROOT)],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in ("guest.c", "fault.c")],
     include_dirs=[str(HERE), str(ROOT / "ringlib")],
     libraries=["rt"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],

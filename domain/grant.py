@@ -60,7 +60,7 @@ class Grants:
             raise NoSpace("the grant table is full")
         ref = self._free.pop()
         flags = Gtf.PERMIT_ACCESS | (Gtf.READONLY if readonly else 0)
-        if lib.grant_set(self._table, ref, int(flags), domid, pfn):
+        if lib.grant_set(self._table, ref, int(flags), domid, self._kernel.memory.p2m[pfn]):
             raise AssertionError(f"grant entry {ref} is in use and on the free list")
         return ref
 

@@ -7,7 +7,9 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "ring.h"
 
@@ -90,6 +92,58 @@ int32_t upcall_unmask(void *shared_info)
 void event_mask(void *shared_info, uint32_t port)
 {
     atomic_fetch_or(&((struct shared_info *)shared_info)->mask[port / 64], (uint64_t)1 << port % 64);
+}
+
+/* System time, ns, from the record in shared_info under its version, without a call; the host's clock where the record says
+ * that cycles are no clock here. Never less than *last, which it becomes: a new record may be some ns behind the old one. */
+uint64_t system_time(void *shared_info, uint64_t boot_ns, uint64_t *last)
+{
+    const volatile char *t = (const volatile char *)shared_info + 32;
+    const _Atomic uint32_t *version = (const _Atomic uint32_t *)(const volatile void *)t;
+    uint64_t stamp, base, cycles, ns;
+    uint32_t before, mul;
+    int8_t shift;
+    uint8_t flags;
+
+    do {
+        before = atomic_load_explicit(version, memory_order_acquire) & ~1u;
+        stamp = *(const volatile uint64_t *)(t + 8);
+        base = *(const volatile uint64_t *)(t + 16);
+        mul = *(const volatile uint32_t *)(t + 24);
+        shift = *(const volatile int8_t *)(t + 28);
+        flags = *(const volatile uint8_t *)(t + 29);
+        cycles = __rdtsc() - stamp;
+        atomic_thread_fence(memory_order_acquire);
+    } while (atomic_load_explicit(version, memory_order_relaxed) != before);
+    if (flags & 1) {
+        cycles = shift < 0 ? cycles >> -shift : cycles << shift;
+        ns = base + (uint64_t)((unsigned __int128)cycles * mul >> 32);
+    } else {
+        struct timespec now;
+
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - boot_ns;
+    }
+    if (ns > *last)
+        *last = ns;
+    return *last;
+}
+
+/* Unix time of system time 0, in ns, likewise. */
+uint64_t wall_base(void *shared_info)
+{
+    const volatile char *w = (const volatile char *)shared_info + 3072;
+    const _Atomic uint32_t *version = (const _Atomic uint32_t *)(const volatile void *)w;
+    uint32_t before, sec, nsec, high;
+
+    do {
+        before = atomic_load_explicit(version, memory_order_acquire) & ~1u;
+        sec = *(const volatile uint32_t *)(w + 4);
+        nsec = *(const volatile uint32_t *)(w + 8);
+        high = *(const volatile uint32_t *)(w + 12);
+        atomic_thread_fence(memory_order_acquire);
+    } while (atomic_load_explicit(version, memory_order_relaxed) != before);
+    return ((uint64_t)high << 32 | sec) * 1000000000u + nsec;
 }
 
 /* One read is enough: a standard signal is pending once, and the next one makes the descriptor readable again. */

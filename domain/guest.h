@@ -1,8 +1,10 @@
-/* The guest's C half: hypercall transport, event bitmaps, memory, raw system calls. build_guest.py hands these to cffi. */
+/* The guest's C half: hypercall transport, event bitmaps, memory, page faults, raw system calls. build_guest.py hands these to cffi. */
 #ifndef RING1_GUEST_H
 #define RING1_GUEST_H
 
 #include <stdint.h>
+
+#define GVA_FAULT 0x100 /* of gva_copy's result: it faulted; the low byte is the error code */
 
 /* cdef begin */
 int64_t hypercall_trap(int32_t request, int32_t reply, const void *message, uint64_t size, void *answer, uint64_t room);
@@ -10,6 +12,8 @@ int32_t upcall_drain(void *shared_info, uint32_t *ports, uint32_t max);
 void upcall_mask(void *shared_info);
 int32_t upcall_unmask(void *shared_info);
 void event_mask(void *shared_info, uint32_t port);
+uint64_t system_time(void *shared_info, uint64_t boot_ns, uint64_t *last);
+uint64_t wall_base(void *shared_info);
 void signal_clear(int32_t fd);
 void memory_copy(void *to, const void *from, uint64_t size);
 void memory_zero(void *at, uint64_t size);
@@ -17,6 +21,10 @@ int32_t grant_set(void *table, uint32_t ref, uint16_t flags, uint16_t domid, uin
 int32_t grant_end(void *table, uint32_t ref);
 int32_t callring_round(void *front, const void *entries, uint32_t count, uint32_t *pushed, void *answers,
                        uint32_t *answered, uint32_t spins);
+int64_t gva_copy(void *to, const void *from, uint64_t size);
+int64_t gva_store(void *to, uint64_t value);
+uint64_t fault_handler(int32_t request, int32_t reply, const void *message, uint32_t size, uint32_t cr2_at, uint32_t error_at,
+                       uint32_t rip_at, const void *cr2);
 int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f);
 /* cdef end */
 

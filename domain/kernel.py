@@ -7,13 +7,16 @@ import select
 import sys
 import time
 import traceback
+from array import array
 from collections.abc import Coroutine
+from functools import cached_property
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from domain import memory, sched
-from domain._guest import lib
+from domain._guest import ffi, lib
+from domain.balloon import Balloon
 from domain.console import Console
 from domain.evtchn import EventChannels
 from domain.grant import Grants
@@ -21,9 +24,9 @@ from domain.hypercall import Trap
 from domain.memory import Memory
 from domain.sched import Event, Scheduler, Task
 from domain.store import Store, StoreClient
+from hypervisor.public.boot_tables import boot_tables
 from hypervisor.public.console import ConsoleWrite
 from hypervisor.public.hypercall import Hypercall
-from hypervisor.public.layout import KERNEL_PFN
 from hypervisor.public.sched import SchedShutdown, SetTimer, ShutdownReason
 from hypervisor.public.start_info import StartInfo
 from hypervisor.public.types import CONSOLE_BYTES, PAGE_SIZE, VIRQ_TIMER
@@ -31,6 +34,7 @@ from hypervisor.public.types import CONSOLE_BYTES, PAGE_SIZE, VIRQ_TIMER
 if TYPE_CHECKING:
     from domain.blkfront import BlockDevice
     from domain.netfront import NetDevice
+    from domain.paging import AddressSpace
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -55,9 +59,13 @@ class Kernel:
 
     def __init__(self, info: StartInfo) -> None:
         self.start, self.domid, self.name, self.cmdline = info, info.domid, info.name, info.cmdline
+        self._shared_info: Any = ffi.cast("void *", info.window + info.shared_info)
+        self._last_ns: Any = ffi.new("uint64_t *")
         self.hypercall = Trap(info.request_mqd, info.reply_mqd)
         self.evtchn = EventChannels(self, info.window + info.shared_info)
-        self.memory = Memory(KERNEL_PFN + -(-info.mod_len // PAGE_SIZE), info.nr_pages)
+        p2m = array("Q", memory.read(info.window + info.mfn_list, 8 * info.max_pages))
+        tables = boot_tables((info.mfn_list - info.virt_base) // PAGE_SIZE, info.max_pages)
+        self.memory = Memory(self.hypercall, info.nr_pages, p2m, tables)
         self.grants = Grants(self, info.window + info.grant_table, info.nr_grant_entries)
         self.scheduler = Scheduler(self.now_ns, self._idle)
         self._poll = select.poll()
@@ -77,6 +85,8 @@ class Kernel:
             self.evtchn.adopt(self.start.console_evtchn)
             self._connect()
             self.spawn(self._obey(), name="control")
+            if not self.start.entry:  # a driver domain has what its rings and tables need
+                self.spawn(Balloon(self).run(), name="balloon")
         sys.meta_path.insert(0, _NotPreloaded())  # no file can be opened any more
 
     def _connect(self) -> None:
@@ -155,11 +165,27 @@ class Kernel:
         return self.hypercall(request)
 
     def now_ns(self) -> int:
-        """System time: ns since the hypervisor booted."""
-        return time.monotonic_ns() - self.start.boot_ns
+        """System time: ns since the hypervisor booted. No call: the cycle counter and a record in shared_info."""
+        now: int = lib.system_time(self._shared_info, self.start.boot_ns, self._last_ns)
+        return now
+
+    def wall_ns(self) -> int:
+        """Wall-clock time: Unix time in ns, as dom0 set it."""
+        return int(lib.wall_base(self._shared_info)) + self.now_ns()
+
+    def virtual_ns(self) -> int:
+        """Virtual time: ns that this domain has run."""
+        return time.clock_gettime_ns(time.CLOCK_PROCESS_CPUTIME_ID)
 
     async def sleep(self, seconds: float) -> None:
         await sched.sleep(seconds)
+
+    @cached_property
+    def space(self) -> AddressSpace:
+        """The address space that it runs in. Who asks for it first also registers the handler of page faults."""
+        from domain.paging import Paging
+
+        return Paging(self).boot
 
     async def block(self, name: str = "xvda") -> BlockDevice:
         """The virtual disk of that name, connected."""
