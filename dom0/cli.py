@@ -35,7 +35,20 @@ firewall_app = typer.Typer(help="The rules of the virtual switch.", no_args_is_h
 app.add_typer(firewall_app, name="firewall")
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
-Domain = Annotated[str, typer.Argument(help="name or number of a domain", metavar="DOMAIN")]
+
+
+def domain_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the domains that are there; none where no host is."""
+    try:
+        with Connection() as host:
+            names = [row["name"] for row in host.ask("list-domains") if row["state"] != "dead"]
+    except HostError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Domain = Annotated[str, typer.Argument(help="name or number of a domain", metavar="DOMAIN", autocompletion=domain_names)]
+Size = Annotated[str, typer.Argument(help="MiB, or with one of the letters b k m g t", metavar="SIZE")]
 
 
 def say(line: str) -> None:
@@ -185,6 +198,7 @@ def run(
     file: Annotated[Path | None, typer.Argument(help="a guest program, or a native kernel", metavar="FILE.py")] = None,
     name: Annotated[str, typer.Option(help="default: the file's")] = "",
     memory: Annotated[int, typer.Option(help="MiB")] = 16,
+    maxmem: Annotated[int, typer.Option(help="MiB that mem-set can give it; default: as --memory")] = 0,
     disk: Annotated[list[str] | None, typer.Option(help="xvda=IMAGE[:r|:w], may be repeated")] = None,
     vif: Annotated[list[str] | None, typer.Option(help="an IPv4 address, may be repeated")] = None,
     cmdline: Annotated[str, typer.Option(help="handed to the kernel")] = "",
@@ -201,6 +215,7 @@ def run(
         "name": name or re.sub(r"[^A-Za-z0-9_.-]", "-", source.stem)[:24].lstrip("-_.") + f"-{os.getpid()}",
         "kernel": str(source.absolute()),
         "memory": memory,
+        "maxmem": maxmem,
         "cmdline": cmdline,
         "disk": [_disk(text) for text in disk or []],
         "vif": [{"ip": text} for text in vif or []],
@@ -220,14 +235,17 @@ def _disk(text: str) -> dict[str, str]:
 @app.command("list")
 @command
 def list_domains(as_json: Json = False) -> None:
-    """The domains, and the last ones that ended, with the reason."""
+    """The domains, and the last ones that ended, with the reason.
+
+    Keys of --json: name, domid, state, memory_kib (owned now), maxmem_kib (owned at most), cpu_s, pid, reason, isolated.
+    """
     with Connection() as host:
         rows = host.ask("list-domains")
 
     def table() -> None:
         for row in rows:
             row["reason"] = row["reason"] if row["isolated"] else f"not isolated {row['reason']}".strip()
-        columns(rows, ["name", "domid", "state", "memory_kib", "cpu_s", "pid", "reason"])
+        columns(rows, ["name", "domid", "state", "memory_kib", "maxmem_kib", "cpu_s", "pid", "reason"])
 
     show(rows, as_json, table)
 
@@ -281,6 +299,38 @@ def shutdown(domain: Domain, timeout: Annotated[float, typer.Option(help="second
 def destroy(domain: Domain) -> None:
     """End a domain now."""
     _simple("destroy", domain)
+
+
+@app.command("mem-set")
+@command
+def mem_set(
+    domain: Domain,
+    size: Size,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="until the domain owns so much")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="seconds to wait at most")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Ask a domain to own SIZE of memory: its balloon driver gives pages back to the machine, or gets more."""
+    from dom0 import resize
+
+    kib = resize.parse(size)
+    with Connection() as host:
+        facts = host.ask("mem-set", name=domain, kib=kib)
+        if wait:
+            facts = resize.follow(host, facts, timeout)
+    show(facts, as_json, lambda: None)
+
+
+@app.command("mem-max")
+@command
+def mem_max(domain: Domain, size: Size, as_json: Json = False) -> None:
+    """Let a domain own at most SIZE of memory, whatever it asks for."""
+    from dom0 import resize
+
+    kib = resize.parse(size)
+    with Connection() as host:
+        facts = host.ask("mem-max", name=domain, kib=kib)
+    show(facts, as_json, lambda: None)
 
 
 # ---- firewall

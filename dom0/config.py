@@ -2,7 +2,8 @@
 
     name = "alice"                  # [A-Za-z0-9][A-Za-z0-9_.-]*, at most 32 bytes
     kernel = "alice.py"             # Python source with `async def main(kernel)`, or a freestanding ELF file
-    memory = 16                     # MiB
+    memory = 16                     # MiB that it starts with
+    maxmem = 64                     # MiB that it can be given while it runs (`ring1 mem-set`); default: as memory
     cmdline = ""                    # handed to the kernel
     debug = false                   # true: inspectable, shown as "not isolated"
 
@@ -74,12 +75,15 @@ class DomainConfig(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, msgspec.Meta(pattern=NAME)]
     kernel: str
     memory: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 16
+    maxmem: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0  # 0: as memory
     cmdline: Annotated[str, msgspec.Meta(max_length=CMDLINE_BYTES - 1)] = ""
     debug: bool = False
     disk: list[Disk] = []
     vif: Annotated[list[Vif], msgspec.Meta(max_length=8)] = []
 
     def __post_init__(self) -> None:
+        if 0 < self.maxmem < self.memory:
+            raise ValueError(f"maxmem: {self.maxmem} MiB, and it starts with memory = {self.memory}")
         names = [disk.name for disk in self.disk]
         if len(set(names)) < len(names):
             raise ValueError("two disks have one name")
@@ -129,6 +133,8 @@ def _convert(tree: Any, place: Any) -> DomainConfig:
         elif missing := re.search(r"missing required field `(.*)`", what):
             key = f"{key}.{missing[1]}".lstrip(".")
             what = "this key is missing"
+        elif not key and (named := re.match(r"(\w+): (?=.)", what)):  # of the whole, and says of which key
+            key, what = named[1], what[named.end() :]
         raise ConfigError(f"{place(key)}: {what[0].lower() + what[1:]}") from None
 
 

@@ -31,7 +31,7 @@ from hypervisor.public.domctl import (
 )
 from hypervisor.public.errors import NoSuchDomain, XenError
 from hypervisor.public.hypercall import Hypercall
-from hypervisor.public.sysctl import GetDomainInfoList
+from hypervisor.public.sysctl import GetDomainInfoList, PhysInfo
 from hypervisor.public.types import CONSOLE_BYTES, PAGE_SIZE, VIRQ_DOM_EXC
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class ToolstackError(Exception):
 class Guest:
     """A domain as dom0 knows it; `info` is the hypervisor's last word on it."""
 
-    def __init__(self, name: str, built: Built, config: DomainConfig | None) -> None:
+    def __init__(self, name: str, built: Built, config: DomainConfig | None, static_max: int) -> None:
         self.name, self.domid, self.built, self.config = name, built.domid, built, config
+        self.static_max = static_max  # frames that its page tables have room for
         self.store: StoreServer
         self.console: ConsoleServer
         self.info: DomainInfo | None = None
@@ -139,8 +140,10 @@ class Toolstack:
         flags |= CreateFlags.DEBUG if config.debug else CreateFlags.NONE
         try:
             image = builder.read_image(Path(config.kernel))
-            frames = (config.memory << 20) // PAGE_SIZE
-            guest = await self.introduce(config.name, image, frames, config.cmdline, flags, config=config)
+            frames, most = ((mib << 20) // PAGE_SIZE for mib in (config.memory, config.maxmem or config.memory))
+            if most > frames and most > (total := self.ask(PhysInfo)["frames_total"]):
+                raise BuildError(f"{config.name}: {most} frames at most, and the whole machine has {total}; lower `maxmem`")
+            guest = await self.introduce(config.name, image, frames, config.cmdline, flags, config=config, max_frames=most)
         except BuildError as error:
             raise ToolstackError(str(error)) from None
         try:
@@ -160,19 +163,19 @@ class Toolstack:
 
     async def introduce(
         self, name: str, image: Image, frames: int, cmdline: str = "", flags: CreateFlags = CreateFlags.NONE,
-        descriptor: int = -1, config: DomainConfig | None = None,
+        descriptor: int = -1, config: DomainConfig | None = None, max_frames: int = 0,
     ) -> Guest:  # fmt: skip
         """Build a domain and connect it to the store and its console; paused. Raises BuildError."""
         kernel = self.kernel
-        built = builder.build(kernel, name, image, frames, cmdline, flags, descriptor)
-        guest = Guest(name, built, config)
+        built = builder.build(kernel, name, image, frames, cmdline, flags, descriptor, max_frames)
+        guest = Guest(name, built, config, max(frames, max_frames))
 
         def report(why: str) -> None:
             self.report(guest, why)
 
         self.guests.pop(built.domid, None)
         self.guests[built.domid] = guest
-        await self._make_home(built.domid, name)
+        await self._make_home(guest, frames)
         console_page, store_page = built.pages.address, built.pages.address + PAGE_SIZE
         log = self.state / "console" / f"{name}.log"
         guest.console = ConsoleServer(kernel, console_page, built.console_port, log, report)
@@ -180,16 +183,19 @@ class Toolstack:
         self._forget_ended()
         return guest
 
-    async def _make_home(self, domid: int, name: str) -> None:
-        """/local/domain/N: the domain reads it, and writes below data, control and its devices."""
-        store, home = self.kernel.store, f"/local/domain/{domid}"
+    async def _make_home(self, guest: Guest, frames: int) -> None:
+        """/local/domain/N: the domain reads it, and writes below data, control and its devices, and memory/current."""
+        store, domid, home = self.kernel.store, guest.domid, f"/local/domain/{guest.domid}"
         await store.mkdir(home)
         await store.set_perms(home, ["n0", f"r{domid}"])
-        await store.write(f"{home}/name", name)
+        await store.write(f"{home}/name", guest.name)
         await store.write(f"{home}/domid", domid)
         for below in ("data", "control", "backend"):
             await store.mkdir(f"{home}/{below}")
             await store.set_perms(f"{home}/{below}", [f"n{domid}"])
+        for key, pages in (("static-max", guest.static_max), ("target", frames), ("current", frames)):
+            await store.write(f"{home}/memory/{key}", pages * PAGE_SIZE >> 10)
+        await store.set_perms(f"{home}/memory/current", [f"n{domid}"])
 
     def _forget_ended(self) -> None:
         ended = [domid for domid, guest in self.guests.items() if guest.ended.is_set]
@@ -283,6 +289,7 @@ def row(info: DomainInfo, trouble: str) -> dict[str, Any]:
         "domid": info.domid,
         "state": info.state,
         "memory_kib": info.frames * PAGE_SIZE >> 10,
+        "maxmem_kib": info.max_frames * PAGE_SIZE >> 10,
         "cpu_s": round(info.cpu_ns / 1e9, 3),
         "pid": info.pid,
         "reason": info.reason or trouble,

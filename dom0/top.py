@@ -64,7 +64,12 @@ class Sampler:
         row = self._process_row(domain["name"], domain["pid"])
         row |= {"domid": domain["domid"], "state": domain["state"], "pss_kib": domain["pss_kib"]}
         row |= {"cpu_s": domain["cpu_ns"] / 1e9, "memory_kib": domain["frames"] * PAGE_SIZE >> 10}
+        row["maxmem_kib"] = domain["max_frames"] * PAGE_SIZE >> 10
         row |= {key: domain[key] for key in COUNTERS}
+        paging = domain["paging"] or {}
+        row["page_tables"] = sum(paging.get(kind, 0) for kind in ("l1", "l2", "l3"))
+        row["pages_mapped"] = paging.get("mapped", 0)
+        row |= {f"guest_{key}": paging.get(key, 0) for key in ("faults", "fills", "bounces")}
         devices = domain["devices"]
         row |= {key: sum(device.get(key, 0) for device in devices) for key in BYTES}
         row["ring_batches"] = sum(device["batches"] for device in devices)
@@ -92,13 +97,16 @@ def table(sample: dict[str, Any]) -> Table:
     host = sample["host"]
     total, free = host["frames_total"] * PAGE_SIZE >> 20, host["frames_free"] * PAGE_SIZE >> 20
     out = Table(title=f"machine memory {total} MiB, {free} free, {host['frames_shared']} frames shared", box=None)
-    names = "NAME ID STATE CPU% PSS-MiB FAULTS/s HYPERCALLS/s EVENTS/s ELIDED% DISK-rd/wr-MB/s NET-tx/rx-MB/s BATCH RING DROPS"
+    names = "NAME ID STATE CPU% MEM/max-MiB PSS-MiB TABLES MAPPED FAULTS/s HYPERCALLS/s EVENTS/s ELIDED% DISK-rd/wr-MB/s"
+    names += " NET-tx/rx-MB/s BATCH RING DROPS"
     for name in names.split():
         out.add_column(name, justify="left" if name in ("NAME", "STATE") else "right")
     for row in sample["rows"]:
         domain = "domid" in row
         cells = [row["name"], str(row.get("domid", "")), row.get("state", "")]
-        cells += [f"{row['cpu_percent']:.1f}", f"{row['pss_kib'] / 1024:.1f}" if row["pss_kib"] is not None else "?"]
+        memory = f"{row['memory_kib'] / 1024:.1f}/{row['maxmem_kib'] / 1024:.1f}" if domain else ""
+        cells += [f"{row['cpu_percent']:.1f}", memory, f"{row['pss_kib'] / 1024:.1f}" if row["pss_kib"] is not None else "?"]
+        cells += [str(row["page_tables"]), str(row["pages_mapped"])] if domain else ["", ""]
         cells.append(f"{row['faults_per_s']:.0f}")
         if domain:
             batch = row["ring_requests"] / row["ring_batches"] if row["ring_batches"] else 0.0

@@ -10,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from dom0 import config, firewall
+from dom0 import balloon, config, firewall
 from dom0.toolstack import Toolstack, ToolstackError, row
 from domain.sched import TimeoutExpired, timeout
 from domain.store import StoreError
@@ -63,6 +63,8 @@ async def info(tools: Toolstack, name: str) -> dict[str, Any]:
     devices = [{"kind": d.kind, "handle": d.handle, "backend": d.backend} for d in tools.devices.of(guest.domid)]
     counters = [r for r in tools.drivers.statistics() if r["domid"] == guest.domid]
     out = {**row(facts, guest.trouble), **facts._asdict(), "devices": devices, "counters": counters}
+    if not guest.ended.is_set:
+        out |= await balloon.facts(tools, guest)
     if guest.config is not None:
         out["config"] = config.to_tree(guest.config)
     return out
@@ -98,6 +100,28 @@ async def unpause(tools: Toolstack, name: str) -> None:
 
 
 @verb
+async def memory(tools: Toolstack, name: str) -> dict[str, Any]:
+    """What it owns, should own and may own."""
+    return await balloon.facts(tools, tools.find(name))
+
+
+@verb
+async def mem_set(tools: Toolstack, name: str, kib: int) -> dict[str, Any]:
+    """Set its target, and do not wait."""
+    guest = balloon.resizable(tools, name)
+    await balloon.set_target(tools, guest, kib)
+    return await balloon.facts(tools, guest)
+
+
+@verb
+async def mem_max(tools: Toolstack, name: str, kib: int) -> dict[str, Any]:
+    """Set its maximum."""
+    guest = balloon.resizable(tools, name)
+    await balloon.set_maximum(tools, guest, kib)
+    return await balloon.facts(tools, guest)
+
+
+@verb
 async def dmesg(tools: Toolstack) -> str:
     return tools.ask_text(ReadConsole)
 
@@ -106,7 +130,8 @@ async def dmesg(tools: Toolstack) -> str:
 async def host(tools: Toolstack) -> dict[str, Any]:
     """What this host enforces, its frames."""
     facts: dict[str, Any] = tools.ask(PhysInfo)
-    return facts
+    kib = facts["page_bytes"] >> 10
+    return {**facts, "memory_kib": facts["frames_total"] * kib, "memory_free_kib": facts["frames_free"] * kib}
 
 
 @verb
@@ -121,11 +146,12 @@ async def ledger(tools: Toolstack) -> dict[str, Any]:
 async def stats(tools: Toolstack) -> dict[str, Any]:
     """What `top` shows, but for what the host's own /proc says."""
     facts = tools.ask(PhysInfo)
-    infos = tools.infos()
+    paging = {row["domain"]: row for row in tools.ask(Ledger)["paging"]}
     domains = []
-    for one in infos:
+    for one in tools.infos():
         devices = [r for r in tools.drivers.statistics() if r["domid"] == one.domid]
-        domains.append({**one._asdict(), "pss_kib": _pss(tools, one.domid), "devices": devices})
+        domain = {**one._asdict(), "pss_kib": _pss(tools, one.domid), "devices": devices, "paging": paging.get(one.name)}
+        domains.append(domain)
     processes = {"hypervisor": facts["pid"], "zygote": facts["zygote_pid"]}
     return {"domains": domains, "host": facts, "processes": processes, "hypervisor_pss_kib": _pss(tools, DOMID_SELF)}
 

@@ -16,6 +16,7 @@ FULL = """\
 name = "alice"
 kernel = "alice.py"
 memory = 64
+maxmem = 256
 cmdline = "a=1 b=2"
 debug = true
 
@@ -45,14 +46,14 @@ def refusal(text: str) -> str:
 
 def test_everything_that_can_be_said() -> None:
     assert config.parse(FULL) == DomainConfig(
-        "alice", "alice.py", 64, "a=1 b=2", True,
+        "alice", "alice.py", 64, 256, "a=1 b=2", True,
         [Disk("xvda", "disk.img", "w", "0:16"), Disk("xvdb", "/abs/other.img", "r", "")],
         [Vif("10.0.0.1", "00:16:3e:00:00:01"), Vif()],
     )  # fmt: skip
 
 
 def test_what_is_not_said_has_a_default() -> None:
-    assert config.parse('name = "a"\nkernel = "k"\n') == DomainConfig("a", "k", 16, "", False, [], [])
+    assert config.parse('name = "a"\nkernel = "k"\n') == DomainConfig("a", "k", 16, 0, "", False, [], [])
 
 
 def test_relative_paths_are_the_file_s(tmp_path: Path) -> None:
@@ -73,22 +74,25 @@ def test_a_tree_and_back() -> None:
         (("memory = 64", "memory = 0"), "line 4: memory: expected `int` >= 1"),
         (("memory = 64", "memory = 1.5"), "line 4: memory: expected `int`, got `float`"),
         (("memory = 64", "memory = 1048577"), "line 4: memory: expected `int` <= 1048576"),
-        (("debug = true", "debug = 1"), "line 6: debug: expected `bool`, got `int`"),
+        (("maxmem = 256", "maxmem = 63"), "line 5: maxmem: 63 MiB, and it starts with memory = 64"),
+        (("maxmem = 256", "maxmem = -1"), "line 5: maxmem: expected `int` >= 0"),
+        (("maxmem = 256", "maxmem = 1048577"), "line 5: maxmem: expected `int` <= 1048576"),
+        (("debug = true", "debug = 1"), "line 7: debug: expected `bool`, got `int`"),
         (('"alice"', '"al ice"'), "line 2: name: expected `str` matching regex"),
         (('"alice"', '""'), "line 2: name: expected `str` matching regex"),
         (('"alice"', '".alice"'), "line 2: name: expected `str` matching regex"),
         (('"alice"', '"' + "a" * 33 + '"'), "line 2: name: expected `str` matching regex"),
-        (('"a=1 b=2"', '"' + "x" * 1024 + '"'), "line 5: cmdline: expected `str` of length <= 1023"),
-        (("debug", "debut"), "line 6: debut: no such key"),
+        (('"a=1 b=2"', '"' + "x" * 1024 + '"'), "line 6: cmdline: expected `str` of length <= 1023"),
+        (("debug", "debut"), "line 7: debut: no such key"),
         (('kernel = "alice.py"', ""), "line 1: kernel: this key is missing"),
-        (('mode = "w"', 'mode = "rw"'), "line 11: disk[0].mode: invalid enum value 'rw'"),
-        (('name = "xvdb"', 'name = "sdb"'), "line 14: disk[1]: sdb: a virtual disk is called xvda to xvdz"),
+        (('mode = "w"', 'mode = "rw"'), "line 12: disk[0].mode: invalid enum value 'rw'"),
+        (('name = "xvdb"', 'name = "sdb"'), "line 15: disk[1]: sdb: a virtual disk is called xvda to xvdz"),
         (('name = "xvdb"', 'name = "xvda"'), "two disks have one name"),
-        (('image = "disk.img"', ""), "line 8: disk[0].image: this key is missing"),
-        (('"10.0.0.1"', '"10.0.0.1/8"'), "line 18: vif[0]: unexpected '/' in '10.0.0.1/8'"),
-        (('"00:16:3e:00:00:01"', '"00:16:3E:00:00:01"'), "line 18: vif[0]: '00:16:3E:00:00:01' is not six hexadecimal"),
-        (('"00:16:3e:00:00:01"', '"01:16:3e:00:00:01"'), "line 18: vif[0]: '01:16:3e:00:00:01' is a multicast address"),
-        (("[[vif]]\nip", "[[vif]]\nipv6 = 1\nip"), "line 19: vif[0].ipv6: no such key"),
+        (('image = "disk.img"', ""), "line 9: disk[0].image: this key is missing"),
+        (('"10.0.0.1"', '"10.0.0.1/8"'), "line 19: vif[0]: unexpected '/' in '10.0.0.1/8'"),
+        (('"00:16:3e:00:00:01"', '"00:16:3E:00:00:01"'), "line 19: vif[0]: '00:16:3E:00:00:01' is not six hexadecimal"),
+        (('"00:16:3e:00:00:01"', '"01:16:3e:00:00:01"'), "line 19: vif[0]: '01:16:3e:00:00:01' is a multicast address"),
+        (("[[vif]]\nip", "[[vif]]\nipv6 = 1\nip"), "line 20: vif[0].ipv6: no such key"),
         (("[[vif]]\n", "[[vif]]\n" * 9), "vif: expected `array` of length <= 8"),
     ],
 )
@@ -140,8 +144,8 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "line"),
     [
-        ("name", 2), ("memory", 4), ("disk[0]", 8), ("disk[0].name", 9), ("disk[1].name", 15), ("disk[1].mode", 14),
-        ("vif[0].mac", 20), ("vif[1]", 22), ("nothing", 1), ("", 1), ("disk[...].mode", 1),
+        ("name", 2), ("memory", 4), ("disk[0]", 9), ("disk[0].name", 10), ("disk[1].name", 16), ("disk[1].mode", 15),
+        ("vif[0].mac", 21), ("vif[1]", 23), ("nothing", 1), ("", 1), ("disk[...].mode", 1),
     ],
 )  # fmt: skip
 def test_the_line_of_a_key(key: str, line: int) -> None:
