@@ -47,6 +47,7 @@ MATRIX = {
     "domctl": ("hypervisor",),
     "sysctl": ("hypervisor",),
     "version": ("hypervisor",),
+    "traps": ("hypervisor",),
     "io/xenbus": ("domain",),
 }
 

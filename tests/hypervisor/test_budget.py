@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any, cast
 
 import pytest
 
 from hypervisor import budget
 from hypervisor.budget import BURST_NS, FREE_NS, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand
+from hypervisor.domain import Domain
+from hypervisor.loop import Steps, run_task
+from tests.models.stand_in import StandIn
 
 CALL = 5_000  # ns of a short call
 PAUSE = 7_000  # ns until its caller asks again: it slept in between
@@ -80,3 +84,43 @@ def test_somebody_else_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demand.others("a"), "b asked before"
     now += WANTED_NS
     assert not demand.others("a") and not demand.others("b"), "nobody has for a while"
+
+
+# ---- a call under way
+
+
+def under_way(hv: StandIn, domid: int) -> tuple[Domain, list[int]]:
+    """A domain's endless call, which notes each time that it goes on, on its own bill."""
+    domain, went_on = hv.domains[domid], list[int]()
+
+    def steps() -> Steps:
+        while domain.alive:
+            went_on.append(len(went_on))
+            yield from budget.take_turns(hv, domain, 0)
+
+    run_task(steps(), lambda *_: None)
+    return domain, went_on
+
+
+def test_who_is_parked_stops_where_it_gives_a_turn_and_goes_on_afterwards() -> None:
+    hv = StandIn(nr_domains=2)
+    try:
+        domain, went_on = under_way(hv, 1)
+        hv.settle()
+        assert len(went_on) > 2
+        domain.parked = True
+        hv.settle()
+        stopped = len(went_on)
+        hv.settle()
+        assert len(went_on) == stopped and len(domain.held_up) == 1
+        budget._unpark(hv, domain)
+        hv.settle()
+        assert len(went_on) > stopped and not domain.held_up
+    finally:
+        hv.close()
+
+
+def test_within_its_turn_nobody_else_has_one() -> None:
+    steps = budget.take_turns(cast(Any, None), cast(Any, None), time.monotonic_ns() + 10**9)
+    with pytest.raises(StopIteration):
+        next(steps)

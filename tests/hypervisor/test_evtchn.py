@@ -206,9 +206,9 @@ def test_a_dying_domain_leaves_unbound_ends_and_wakes_them(hv: StandIn) -> None:
     assert not hv.domains[1].ports and status(hv, 2, other) == (State.UNBOUND, 1, 0, 0)
     assert drain(hv.domains[2]) == [other], "its peer is gone: it is told"
     hv.done(hv.domains[2], EvtchnSend(other))
-    page = hv.machine.read(hv.domains[1].p2m[0], 0, PAGE_SIZE)
+    page = hv.machine.read(hv.domains[1].mfn_list[0], 0, PAGE_SIZE)
     evtchn.notify(hv, hv.domains[1], port)
-    assert hv.machine.read(hv.domains[1].p2m[0], 0, PAGE_SIZE) == page, "nothing is delivered into it any more"
+    assert hv.machine.read(hv.domains[1].mfn_list[0], 0, PAGE_SIZE) == page, "nothing is delivered into it any more"
     with pytest.raises(Invalid):
         hv.done(hv.domains[2], BindInterdomain(1, port))
     with pytest.raises(Invalid):
@@ -291,7 +291,7 @@ def test_what_a_guest_writes_into_its_page_harms_only_itself(hv: StandIn) -> Non
     port, _ = connect(hv, 1, 2)
     rng = random.Random(6)
     for _ in range(200):
-        hv.machine.write(domain.p2m[0], 0, rng.randbytes(4096))
+        hv.machine.write(domain.mfn_list[0], 0, rng.randbytes(4096))
         hv.done(hv.domains[1], EvtchnSend(port))
         drain(domain)
         hv.done(domain, BindIpi())

@@ -1,4 +1,4 @@
-"""Machine memory: reserved whole, nameless, and read-only where it is opened so, whichever object it is made of."""
+"""Machine memory: reserved whole, nameless, and read-only where it is opened so, whichever object it is made of; the M2P."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from hypervisor import machine
-from hypervisor.machine import MachineMemory, may_execute
-from hypervisor.public.types import PAGE_SIZE
+from hypervisor.machine import M2P, MachineMemory, may_execute
+from hypervisor.public.layout import M2P_BYTES
+from hypervisor.public.types import INVALID_PFN, PAGE_SIZE
 from tests.conftest import TIMEOUT
 
 KINDS = {"shm": True, "memfd": False}
@@ -84,3 +85,33 @@ def test_a_host_runs_where_dev_shm_is_noexec(tmp_path: Path) -> None:
         pytest.skip("this root may not mount a tmpfs")
     assert done.returncode == 0, done.stderr
     assert "a sealed memfd (/dev/shm is mounted noexec)" in done.stdout
+
+
+# ---- the M2P
+
+
+def test_the_m2p_says_at_first_that_nobody_named_a_frame() -> None:
+    m2p = M2P(600)
+    assert m2p.size == 2 * PAGE_SIZE and list(m2p.pfn[0:1024]) == [INVALID_PFN] * 1024
+    m2p.pfn[599] = 7
+    assert os.pread(m2p.ro, 8, 599 * 8) == bytes([7, *[0] * 7]), "who maps the descriptor sees what we write"
+    assert not os.get_inheritable(m2p.ro)
+    os.close(m2p.ro)
+
+
+def test_nobody_else_writes_the_m2p() -> None:
+    m2p = M2P(16)
+    again = os.open(f"/proc/self/fd/{m2p.ro}", os.O_RDWR)
+    for fd in (m2p.ro, again):
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        with pytest.raises(OSError, match=r"Bad file|not permitted"):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(OSError, match=r"Invalid|not permitted"):
+            os.ftruncate(fd, 0)
+        os.close(fd)
+
+
+def test_a_machine_that_is_too_large_for_its_m2p_is_an_error() -> None:
+    with pytest.raises(MemoryError, match="at most 8126464"):
+        M2P(M2P_BYTES // 8 + 1)

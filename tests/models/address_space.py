@@ -19,6 +19,7 @@ from hypervisor.gate.monitor import (
     MAP_ANONYMOUS,
     MAP_FIXED,
     MAP_SHARED,
+    PROT_NONE,
     PROT_READ,
     PROT_WRITE,
     SYS_MMAP,
@@ -26,7 +27,7 @@ from hypervisor.gate.monitor import (
     Monitor,
 )
 from hypervisor.loop import Loop
-from hypervisor.public.layout import COMMAND_PAGES, KERNEL_WINDOW
+from hypervisor.public.layout import COMMAND_PAGES, KERNEL_WINDOW, NR_WINDOWS, SPACE_BYTES
 from hypervisor.public.types import PAGE_SIZE
 from tests.conftest import TIMEOUT
 
@@ -35,7 +36,7 @@ ENOMEM = 12
 
 
 class AddressSpace:
-    """`pages`: va -> (mfn or ZERO, writable), what the host kernel would have mapped."""
+    """`pages`: offset from the first window -> (mfn or ZERO, writable), what the host kernel would have mapped."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.sock = socket.socket(fileno=os.dup(monitor.peer.fileno()))
@@ -73,15 +74,21 @@ class AddressSpace:
         if nr == SYS_MPROTECT and size == 0:
             return
         assert nr == SYS_MMAP and flags & MAP_FIXED and size % PAGE_SIZE == 0 and offset % PAGE_SIZE == 0, (nr, flags, size)
-        for i in range(size // PAGE_SIZE):
-            va = address - KERNEL_WINDOW + i * PAGE_SIZE
-            if not flags & MAP_ANONYMOUS:
-                assert flags & MAP_SHARED and fd == (FD_MACHINE_RW if prot & PROT_WRITE else FD_MACHINE_RO)
-                self.pages[va] = offset // PAGE_SIZE + i, bool(prot & PROT_WRITE)
-            elif prot == PROT_READ | PROT_WRITE:
-                self.pages[va] = ZERO, True
-            else:
+        first = address - KERNEL_WINDOW
+        assert first % PAGE_SIZE == 0 and first >= 0 and first + size <= NR_WINDOWS * SPACE_BYTES
+        if flags & MAP_ANONYMOUS and prot == PROT_NONE:  # of any size: half a window at once
+            gone = range(first, first + size)
+            few = gone[::PAGE_SIZE] if size <= PAGE_SIZE * len(self.pages) else [va for va in self.pages if va in gone]
+            for va in few:
                 self.pages.pop(va, None)
+            return
+        for i in range(size // PAGE_SIZE):
+            if flags & MAP_ANONYMOUS:
+                assert prot == PROT_READ | PROT_WRITE
+                self.pages[first + i * PAGE_SIZE] = ZERO, True
+            else:
+                assert flags & MAP_SHARED and fd == (FD_MACHINE_RW if prot & PROT_WRITE else FD_MACHINE_RO)
+                self.pages[first + i * PAGE_SIZE] = offset // PAGE_SIZE + i, bool(prot & PROT_WRITE)
 
     def die(self) -> None:
         """The task ends: its memory first, then its descriptors."""

@@ -1,7 +1,8 @@
-"""A game of grants: domains give, map, unmap, shrink, grow, flip pages and die at any moment; monitors answer late, or fail.
+"""A game of grants: domains give, map, unmap, change their page tables, shrink, grow, flip pages and die at any moment;
+monitors answer late, or fail.
 
 After every move the machine must be whole: what an address space can touch is counted, belongs to a domain that granted it
-and that is not dead, and a frame that changed owner was scrubbed.
+and that is not dead, and a frame that changed owner was scrubbed, or came by a flip with what was in it.
 """
 
 from __future__ import annotations
@@ -12,49 +13,62 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from domain import _guest
-from hypervisor import lifecycle
-from hypervisor.domain import NO_FRAME, Domain
+from hypervisor import lifecycle, space
+from hypervisor.domain import Domain
+from hypervisor.loop import run_task
+from hypervisor.public.boot_tables import DATA, TABLE
+from hypervisor.public.errors import Invalid
 from hypervisor.public.grant import (
     ENTRY,
     MAP_REF,
     TRANSFER,
     UNMAP_REF,
     GrantMap,
+    GrantStatus,
     GrantTransfer,
     GrantUnmap,
     Gtf,
     MapFlags,
 )
-from hypervisor.public.layout import GRANT_BASE, GRANT_PFN, KERNEL_PFN
+from hypervisor.public.layout import GRANT_BASE, GRANT_PFN, KERNEL_PFN, virt
 from hypervisor.public.memory import DecreaseReservation, PopulatePhysmap
-from hypervisor.public.types import PAGE_SIZE
+from hypervisor.public.mmu import Pte, UpdateVaMapping
+from hypervisor.public.mmu import entry as pte
+from hypervisor.public.traps import PF_WRITE
+from hypervisor.public.types import INVALID_PFN, PAGE_SIZE
 from tests.models.address_space import ZERO
 from tests.models.stand_in import DOMAIN_FRAMES, SCRATCH, StandIn
 
 FIRST_PFN, NR_PFNS = KERNEL_PFN + 5, 4  # pages that are given; the scratch pages lie before them
 FIRST_REF, NR_REFS = 8, 4
-MOVING_PFN, NR_MOVING = FIRST_PFN + NR_PFNS - 1, 4  # pages that come and go; one of them is given too
-TRANSFER_REF = 40  # and as many more: for each page that moves, an entry that takes it
+MOVING_PFN, NR_MOVING = FIRST_PFN + NR_PFNS - 1, 4  # pages whose frames come and go; one of them is given too
+TRANSFER_REF = 40  # and NR_MOVING - 1 more: entries that take a frame
+FIXED = frozenset((*range(MOVING_PFN), *range(MOVING_PFN + NR_MOVING, DOMAIN_FRAMES)))  # pages whose frames stay
 NR_VAS = 600
 DOMIDS = (1, 2, 3)
 
 
 def entry(hv: StandIn, granter: Domain, ref: int) -> tuple[int, int, int]:
     """(flags, domid, frame) of a grant entry as it stands in memory."""
-    raw = hv.machine.read(granter.p2m[GRANT_PFN + ref // 512], ref % 512 * 8, 8)
+    raw = hv.machine.read(granter.mfn_list[GRANT_PFN + ref // 512], ref % 512 * 8, 8)
     flags, domid, frame = ENTRY.unpack(raw)
     return flags, domid, frame
 
 
 def give(hv: StandIn, granter: Domain, ref: int, domid: int, pfn: int, readonly: bool = False) -> int:
+    """A frame of those it was built of."""
+    return give_frame(hv, granter, ref, domid, granter.mfn_list[pfn], readonly)
+
+
+def give_frame(hv: StandIn, granter: Domain, ref: int, domid: int, mfn: int, readonly: bool = False) -> int:
     """The guest's own function over its own table; 0, or -EBUSY."""
     flags = Gtf.PERMIT_ACCESS | (Gtf.READONLY if readonly else 0)
-    table = hv.machine.pointer(granter.p2m[GRANT_PFN + ref // 512])
-    return _guest.lib.grant_set(_guest.ffi.cast("void *", table), ref % 512, int(flags), domid, pfn)
+    table = hv.machine.pointer(granter.mfn_list[GRANT_PFN + ref // 512])
+    return _guest.lib.grant_set(_guest.ffi.cast("void *", table), ref % 512, int(flags), domid, mfn)
 
 
 def end(hv: StandIn, granter: Domain, ref: int) -> int:
-    table = hv.machine.pointer(granter.p2m[GRANT_PFN + ref // 512])
+    table = hv.machine.pointer(granter.mfn_list[GRANT_PFN + ref // 512])
     return _guest.lib.grant_end(_guest.ffi.cast("void *", table), ref % 512)
 
 
@@ -114,10 +128,19 @@ class Game:
 
     def begin(self, domid: int) -> None:
         domain = self.hv.add(domid)
-        for mfn in domain.p2m:
+        domain.max_frames += NR_MOVING // 2
+        for mfn in domain.mfn_list[FIRST_PFN : MOVING_PFN + NR_MOVING]:
             assert self.hv.machine.read(mfn, 0, PAGE_SIZE) == bytes(PAGE_SIZE), f"mfn {mfn} was not scrubbed"
-        for pfn in range(FIRST_PFN, FIRST_PFN + NR_PFNS):
-            self.hv.machine.write(domain.p2m[pfn], 0, b"secret" * 100)
+            self.mark(domain, mfn)
+
+    def mark(self, domain: Domain, mfn: int) -> None:
+        """The guest writes its secret into a frame of its own."""
+        self.hv.machine.write(mfn, 0, b"secret %d %d" % (domain.domid, mfn))
+
+    def moving(self, domain: Domain) -> list[int]:
+        """The frames that a living domain may give away, whether it has them mapped or not."""
+        fixed = {domain.mfn_list[pfn] for pfn in FIXED}
+        return [mfn for mfn in self.hv.frames.of(domain.domid, range(self.hv.frames.nr_frames)) if mfn not in fixed]
 
     def alive(self, domid: int) -> Domain | None:
         """The domain, where it lives and waits in no hypercall."""
@@ -126,9 +149,11 @@ class Game:
 
     # ---- moves
 
-    def give(self, domid: int, other: int, ref: int, pfn: int, readonly: bool) -> None:
+    def give(self, domid: int, other: int, ref: int, number: int, readonly: bool) -> None:
+        """Of its own frames, and now and then of another's."""
         if domain := self.alive(domid):
-            give(self.hv, domain, FIRST_REF + ref % NR_REFS, other, FIRST_PFN + pfn % NR_PFNS, readonly)
+            mfns = [*domain.mfn_list[FIRST_PFN : FIRST_PFN + NR_PFNS], *self.moving(domain)]
+            give_frame(self.hv, domain, FIRST_REF + ref % NR_REFS, other, mfns[number % len(mfns)], readonly)
 
     def end(self, domid: int, ref: int) -> None:
         if domain := self.alive(domid):
@@ -154,31 +179,73 @@ class Game:
             pairs = [(m.va, m.handle) for m in chosen] + [(GRANT_BASE, 10**6 + first)]
             self.busy[domid] = start_unmap(self.hv, domain, pairs)
 
-    def reserve(self, domid: int, pfn: int, count: int, more: bool) -> None:
-        """The reservation shrinks or grows by pages that may come and go."""
+    def place(self, domid: int, pfn: int, number: int, kind: int) -> None:
+        """Change what the page tables have at a page that moves: nothing, a frame of its own, or of nobody knows whom."""
         if domain := self.alive(domid):
-            pfns = [MOVING_PFN + (pfn + i) % NR_MOVING for i in range(count)]
-            self.hv.write(domain, struct.pack(f"<{count}Q", *pfns))
-            kind = PopulatePhysmap if more else DecreaseReservation
-            self.busy[domid] = self.hv.ask(domain, kind(SCRATCH, count))
+            mine = self.moving(domain)
+            mfn = mine[number % len(mine)] if mine and kind % 8 else number % self.hv.frames.nr_frames
+            value = pte(mfn, TABLE if kind % 3 == 0 else DATA) if kind % 2 else 0
+            good = self.hv.frames.frame[mfn].owner == domid and not (value & Pte.RW and self.hv.frames.is_table(mfn))
+            out = self.busy[domid] = self.hv.ask(domain, UpdateVaMapping(virt(MOVING_PFN + pfn % NR_MOVING), value, 0))
+            assert isinstance(out[1], Invalid) == (value != 0 and not good) if out else good or not value
 
-    def accept(self, domid: int, other: int, pfn: int) -> None:
-        """Let another put a frame where a hole of ours is; an entry that is used is begun anew, once its frame is there."""
+    def touch(self, domid: int, pfn: int, write: bool) -> None:
+        """A page fault, whatever call is under way: the hypervisor maps what the tables allow."""
+        domain = self.hv.domains[domid]
+        if domain.alive and not domain.faulting:
+            domain.faulting = True
+
+            def ended(_: object, error: BaseException | None) -> None:
+                domain.faulting = False
+
+            run_task(space.fill(self.hv, domain, virt(MOVING_PFN + pfn % NR_MOVING), PF_WRITE * write), ended)
+
+    def shrink(self, domid: int, first: int, count: int) -> None:
+        """Give back frames that move, whether they may leave or not."""
+        if domain := self.alive(domid):
+            mine = self.moving(domain)
+            mfns = [mine[(first + i) % len(mine)] for i in range(count)] if mine else []
+            idle = [mfn for mfn in mfns if self.hv.frames.is_idle(mfn)]
+            self.hv.write(domain, struct.pack(f"<{len(mfns)}Q", *mfns))
+            done = self.hv.done(domain, DecreaseReservation(SCRATCH, len(mfns), 0))
+            assert done <= len(idle)
+            for mfn in mfns[:done]:
+                assert self.hv.frames.frame[mfn].owner != domid and self.hv.machine.read(mfn, 0, 64) == bytes(64)
+
+    def grow(self, domid: int, count: int) -> None:
+        """Get frames, zeroed, and write into them."""
+        if domain := self.alive(domid):
+            self.hv.write(domain, struct.pack(f"<{count}Q", *range(count)))
+            got = self.hv.done(domain, PopulatePhysmap(SCRATCH, count, 0))
+            for mfn in struct.unpack(f"<{got}Q", self.hv.read(domain, 8 * got)):
+                assert self.hv.frames.frame[mfn].owner == domid, "another's"
+                assert self.hv.machine.read(mfn, 0, PAGE_SIZE) == bytes(PAGE_SIZE), f"mfn {mfn} was not scrubbed"
+                self.mark(domain, mfn)
+
+    def accept(self, domid: int, other: int, ref: int) -> None:
+        """Let another give us a frame; an entry that is used is begun anew, once its frame is there."""
         domain = self.hv.domains[domid]
         if domain.alive:  # a store into its own table, whatever call of its is under way
-            pfn %= NR_MOVING
-            flags, _, _ = entry(self.hv, domain, TRANSFER_REF + pfn)
-            if flags != Gtf.ACCEPT_TRANSFER | Gtf.TRANSFER_COMMITTED:
-                raw = ENTRY.pack(Gtf.ACCEPT_TRANSFER, other, MOVING_PFN + pfn)
-                self.hv.machine.write(domain.p2m[GRANT_PFN], 8 * (TRANSFER_REF + pfn), raw)
+            ref = TRANSFER_REF + ref % NR_MOVING
+            raw = ENTRY.pack(Gtf.ACCEPT_TRANSFER, other, 0)
+            self.hv.machine.write(domain.mfn_list[GRANT_PFN], 8 * ref, raw)
 
-    def flip(self, domid: int, other: int, pfn: int, count: int) -> None:
-        """Give pages to whoever waits for them, or does not."""
-        if domain := self.alive(domid):
-            moved = [(pfn + i) % NR_MOVING for i in range(count)]
-            records = b"".join(TRANSFER.pack(MOVING_PFN + m, other, TRANSFER_REF + (m + pfn) % NR_MOVING, 99) for m in moved)
-            self.hv.write(domain, records)
-            self.busy[domid] = self.hv.ask(domain, GrantTransfer(SCRATCH, count))
+    def flip(self, domid: int, other: int, first: int, count: int) -> None:
+        """Give frames to whoever waits for them, or does not."""
+        if not (domain := self.alive(domid)):
+            return
+        hv, mine = self.hv, self.moving(domain)
+        moved = [(mine[(first + i) % len(mine)], TRANSFER_REF + (first + i) % NR_MOVING) for i in range(count) if mine]
+        was = {mfn: (hv.frames.is_idle(mfn), hv.machine.read(mfn, 0, PAGE_SIZE)) for mfn, _ in moved}
+        room = hv.domains[other].max_frames - hv.frames.owned[other]
+        hv.write(domain, b"".join(TRANSFER.pack(mfn, other, ref, 99) for mfn, ref in moved))
+        hv.done(domain, GrantTransfer(SCRATCH, len(moved)))
+        for mfn, _, ref, status in TRANSFER.iter_unpack(hv.read(domain, TRANSFER.size * len(moved))):
+            if status == GrantStatus.OKAY:
+                room -= 1
+                assert hv.frames.frame[mfn].owner == other and was[mfn] == (True, hv.machine.read(mfn, 0, PAGE_SIZE))
+                assert entry(hv, hv.domains[other], ref)[::2] == (2 | 4 | 8, mfn) and hv.m2p.pfn[mfn] == INVALID_PFN
+        assert room >= 0, "more than its maximum"
 
     def serve(self, domid: int, fail_at: int | None) -> None:
         space = self.hv.spaces[domid]
@@ -216,12 +283,12 @@ class Game:
         return None
 
     def taker_for(self, domid: int) -> int | None:
-        """Somebody who would take a page of `domid`'s now."""
+        """Somebody who would take a frame of `domid`'s now."""
         for other in DOMIDS:
             domain = self.hv.domains[other]
-            for i in range(NR_MOVING if domain.alive else 0):
-                if entry(self.hv, domain, TRANSFER_REF + i)[:2] == (2, domid) and domain.p2m[MOVING_PFN + i] == NO_FRAME:
-                    return other
+            has_room = domain.alive and other != domid and self.hv.frames.owned[other] < domain.max_frames
+            if has_room and any(entry(self.hv, domain, TRANSFER_REF + i)[:2] == (2, domid) for i in range(NR_MOVING)):
+                return other
         return None
 
     def granter_in_use(self) -> int | None:
@@ -234,17 +301,21 @@ class Game:
         return None
 
     def check(self) -> None:
-        self.hv.check()
+        """The audit of every entry of every table is for quiet(): it costs as much as a hundred moves."""
+        self.hv.check(audit=False)
+        frame = self.hv.frames.frame
         for domid, domain in self.hv.domains.items():
             at = {m.va: m for m in domain.maptrack.values()}
             assert len(at) == len(domain.maptrack), f"{domain} has two mappings at one address"
             for va, (mfn, writable) in self.hv.spaces[domid].pages.items():
                 if va < GRANT_BASE:
-                    assert domain.state == "dead" or self.hv.frames.owner[mfn] == domid, f"{domain} can touch another's frame"
+                    assert frame[mfn].owner == domid, f"{domain} can touch another's frame"
                 if GRANT_BASE <= va < GRANT_BASE + NR_VAS * PAGE_SIZE and mfn != ZERO:
                     mapping = at[va]
                     assert mapping.mfn == mfn and mapping.writable >= writable and not mapping.orphan
-                    assert mfn in mapping.granter.p2m, f"{domain} can touch a frame of a dead domain"
+                    assert frame[mfn].owner == mapping.granter.domid, f"{domain} can touch a frame of a dead domain"
+                    assert mapping.granter.state != "dead", f"{domain} can touch a frame of a dead domain"
+            assert self.hv.frames.owned[domid] <= domain.max_frames, f"{domain} owns more than it may"
             if domain.alive:
                 self.entries(domain)
 
@@ -265,9 +336,6 @@ class Game:
         self.hv.quiet()
         for domid in DOMIDS:
             domain = self.hv.domains[domid]
-            assert not domain.leaving and not domain.expected, f"{domain}: a frame is on its way for ever"
-            owned = [mfn for mfn in domain.p2m if mfn != NO_FRAME]
-            assert self.hv.frames.owned[domid] == len(owned) == len(set(owned)), f"{domain}: frames that are in no p2m"
             for i in range(NR_MOVING):
                 flags, _, _ = entry(self.hv, domain, TRANSFER_REF + i)
                 assert flags in (0, 2, 2 | 4 | 8), f"{domain}: a transfer is committed for ever"
@@ -283,7 +351,8 @@ class Player:
         self.game, self.rng = game, random.Random(seed)
         self.weights: list[tuple[int, Callable[[int, int, int], None]]] = [
             (3, self.give), (1, lambda a, b, n: game.end(a, n)), (3, self.map), (2, self.unmap), (1, self.kill),
-            (2, lambda a, b, n: game.die(a)), (2, self.reserve), (3, self.flip), (9, self.serve),
+            (2, lambda a, b, n: game.die(a)), (1, self.shrink), (1, self.grow), (3, self.place), (2, self.flip),
+            (10, self.serve), (1, lambda a, b, n: game.touch(a, n, bool(n % 2))),
         ]  # fmt: skip
         self.moves = [move for weight, move in self.weights for _ in range(weight)]
 
@@ -302,7 +371,7 @@ class Player:
 
     def give(self, a: int, b: int, n: int) -> None:
         for ref in range(n, n + self.rng.choice((1, NR_REFS))):
-            self.game.give(a, b, ref, self.rng.randrange(NR_PFNS), self.rng.random() < 0.3)
+            self.game.give(a, b, ref, self.rng.randrange(2 * NR_PFNS), self.rng.random() < 0.3)
 
     def map(self, a: int, b: int, n: int) -> None:
         if self.rng.random() < 0.8:
@@ -319,13 +388,25 @@ class Player:
             if self.rng.random() < 0.5:
                 self.game.die(victim or a)
 
-    def reserve(self, a: int, b: int, n: int) -> None:
-        self.game.reserve(a, n, self.rng.randrange(1, 4), self.rng.random() < 0.3)
-        for pfn in range(NR_MOVING):
-            self.game.accept(a, b, pfn)
+    def shrink(self, a: int, b: int, n: int) -> None:
+        self.game.shrink(a, self.idle(a, n), self.rng.randrange(1, 4))
+        for ref in range(NR_MOVING):
+            self.game.accept(a, b, ref)
+
+    def grow(self, a: int, b: int, n: int) -> None:
+        self.game.grow(a, self.rng.randrange(1, 4))
+
+    def place(self, a: int, b: int, n: int) -> None:
+        self.game.place(a, n, self.rng.randrange(1000), self.rng.randrange(24))
 
     def flip(self, a: int, b: int, n: int) -> None:
-        self.game.flip(a, self.game.taker_for(a) or b, self.rng.choice((0, n)), self.rng.randrange(1, 4))
+        self.game.flip(a, self.game.taker_for(a) or b, self.idle(a, n), self.rng.randrange(1, 4))
+
+    def idle(self, a: int, n: int) -> int:
+        """Mostly the place of a frame that may leave, among those that move."""
+        domain = self.game.alive(a)
+        mine = self.game.moving(domain) if domain and n % 4 else []
+        return next((i for i, mfn in enumerate(mine) if self.game.hv.frames.is_idle(mfn)), n)
 
     def serve(self, a: int, b: int, n: int) -> None:
         self.game.serve(a, self.rng.randrange(64) if self.rng.random() < 0.02 else None)

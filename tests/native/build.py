@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PUBLIC = HERE.parent.parent / "hypervisor" / "public"
-KERNELS = ("hello", "hostile")
+KERNELS = ("hello", "hostile", "paging")
 COMPILE = [
     "gcc", "-c", "-std=c11", "-O2", "-ffreestanding", "-fpie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
     "-fno-tree-loop-distribute-patterns", "-Wall", "-Wextra", "-Werror", f"-I{PUBLIC}",
@@ -24,8 +24,9 @@ class BuildError(Exception):
 
 
 def build(name: str, directory: Path, source: Path | None = None) -> Path:
-    """Link the kernel of `name`.c (or `source`) and kernel.c in `directory`; returns the file. Raises BuildError."""
-    objects = [compile_object(path, directory) for path in (source or HERE / f"{name}.c", HERE / "kernel.c")]
+    """Link `name`.c (or `source`), `name`_*.c and kernel.c to a kernel in `directory`; returns the file. Raises BuildError."""
+    parts = [source or HERE / f"{name}.c", *sorted(HERE.glob(f"{name}_*.c")), HERE / "kernel.c"]
+    objects = [compile_object(path, directory) for path in parts]
     run([*LINK, *map(str, objects), "-o", str(directory / name)])
     return directory / name
 

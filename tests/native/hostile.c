@@ -12,8 +12,8 @@
 
 enum {
     SYS_open = 2, SYS_mmap = 9, SYS_mprotect = 10, SYS_munmap = 11, SYS_rt_sigaction = 13, SYS_ioctl = 16, SYS_pwrite64 = 18,
-    SYS_mremap = 25, SYS_madvise = 28, SYS_shmget = 29, SYS_dup = 32, SYS_getpid = 39, SYS_socket = 41, SYS_recvmsg = 47,
-    SYS_socketpair = 53, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_fcntl = 72, SYS_unlink = 87,
+    SYS_mremap = 25, SYS_madvise = 28, SYS_shmget = 29, SYS_dup = 32, SYS_getpid = 39, SYS_socket = 41, SYS_sendto = 44,
+    SYS_recvfrom = 45, SYS_recvmsg = 47, SYS_socketpair = 53, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_fcntl = 72, SYS_unlink = 87,
     SYS_ptrace = 101, SYS_getppid = 110, SYS_prctl = 157, SYS_futex = 202, SYS_sched_setaffinity = 203, SYS_tgkill = 234,
     SYS_mq_open = 240, SYS_mq_notify = 244, SYS_openat = 257, SYS_pipe2 = 293, SYS_prlimit64 = 302,
     SYS_process_vm_readv = 310, SYS_process_vm_writev = 311, SYS_seccomp = 317, SYS_memfd_create = 319, SYS_bpf = 321,
@@ -59,6 +59,10 @@ static void files(void)
     refused("socketpair", SYS4(SYS_socketpair, 1, 1, 0, words));
     refused("pipe", SYS2(SYS_pipe2, words, 0));
     refused("recvmsg", SYS3(SYS_recvmsg, 0, words, 0));
+    refused("sendto", SYS6(SYS_sendto, RING1_FD_UPCALL, words, 8, 0, 0, 0));
+    refused("sendto-address", SYS6(SYS_sendto, RING1_FD_FAULT, 1, 8, 0, words, 16)); /* from nowhere: sent, it would end us */
+    refused("recvfrom", SYS6(SYS_recvfrom, RING1_FD_UPCALL, words, 8, 0x40, 0, 0));
+    refused("recvfrom-address", SYS6(SYS_recvfrom, RING1_FD_FAULT, words, 8, 0x40, words, words));
     refused("dup", SYS1(SYS_dup, RING1_FD_REQUEST));
     refused("fcntl-dup", SYS3(SYS_fcntl, RING1_FD_REQUEST, 0, 0));
     refused("ioctl", SYS3(SYS_ioctl, 0, 0x5413, words));
@@ -111,7 +115,6 @@ static void processes(void)
     refused("seccomp", SYS3(SYS_seccomp, 2, 0, words));
     refused("prlimit", SYS4(SYS_prlimit64, 0, 2, 0, words));
     refused("affinity", SYS3(SYS_sched_setaffinity, 0, 8, words));
-    refused("fault-number", SYS1(RING1_FAULT_NR, 0));
 }
 
 /* ---- a frame that the hypervisor writes */
@@ -120,13 +123,15 @@ static int keep_the_ring(uint64_t taker, uint64_t gref)
 {
     struct ring1_sring *ring = (struct ring1_sring *)(void *)spare;
     uint64_t pfn = (VIRT(spare) - RING1_VIRT_BASE) / RING1_PAGE_SIZE;
-    struct gnttab_transfer gift = {.pfn = pfn, .domid = (uint16_t)taker, .ref = (uint32_t)gref};
+    uint64_t mfn = ((uint64_t *)HOST(start_page->xen.mfn_list))[pfn];
+    struct gnttab_transfer gift = {.mfn = mfn, .domid = (uint16_t)taker, .ref = (uint32_t)gref};
 
     ring->req_event = ring->rsp_event = 1;
     report("ring-setup", CALL(RING1_OP_callring, RING1_CALLRING_setup, VIRT(spare)));
+    CALL(__HYPERVISOR_update_va_mapping, VIRT(spare), 0, 0); /* a frame that is mapped may not leave anyway */
     CALL(__HYPERVISOR_grant_table_op, GNTTABOP_transfer, VIRT(&gift), 1);
     report("ring-transferred", gift.status);
-    report("ring-given-back", CALL(__HYPERVISOR_memory_op, XENMEM_decrease_reservation, VIRT(&pfn), 1));
+    report("ring-given-back", CALL(__HYPERVISOR_memory_op, XENMEM_decrease_reservation, VIRT(&mfn), 1, 0));
     return CALL(__HYPERVISOR_memory_op, XENMEM_current_reservation, DOMID_SELF) != (int64_t)start_page->xen.nr_pages;
 }
 

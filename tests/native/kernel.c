@@ -32,15 +32,32 @@ long system_call(long nr, long a, long b, long c, long d, long e, long f)
 
 /* ---- hypercalls: one message out, its reply in */
 
-static int64_t trap(const uint8_t *message, uint32_t size)
+static void ask(const uint8_t *message, uint32_t size)
+{
+    while (SYS5(SYS_mq_timedsend, RING1_FD_REQUEST, message, size, 0, 0) == -EINTR) {
+    }
+}
+
+/* Until there is a reply; then its buffer is touched. A system call is no access that the hypervisor fills a page for, the
+ * host mappings of our own stack may be thrown out by the very call that we wait for, and a reply that cannot be stored is
+ * lost. Nothing throws them out any more once it is there. */
+static void wait_for_reply(volatile uint8_t *buffer)
+{
+    struct { int32_t fd; int16_t events, revents; } one = {RING1_FD_REPLY, 1 /* POLLIN */, 0};
+
+    while (SYS5(SYS_ppoll, &one, 1, 0, 0, 8) != 1)
+        *(volatile int16_t *)&one.revents = 0;
+    buffer[0] = buffer[RING1_MESSAGE_BYTES - 1] = 0;
+}
+
+int64_t hypercall_end(void)
 {
     uint8_t reply[RING1_MESSAGE_BYTES];
     int64_t count, item[3] = {0, 0, 0}; /* sequence, status, the first result */
     uint32_t at = 0;
     long got;
 
-    while (SYS5(SYS_mq_timedsend, RING1_FD_REQUEST, message, size, 0, 0) == -EINTR) {
-    }
+    wait_for_reply(reply);
     while ((got = SYS5(SYS_mq_timedreceive, RING1_FD_REPLY, reply, sizeof reply, 0, 0)) == -EINTR) {
     }
     if (got < 0 || ring1_get(reply, (uint32_t)got, &at, &count))
@@ -53,11 +70,23 @@ static int64_t trap(const uint8_t *message, uint32_t size)
     return item[1] ? -item[1] : item[2];
 }
 
-int64_t hypercall(uint32_t op, const uint64_t *fields, uint32_t n)
+static int64_t trap(const uint8_t *message, uint32_t size)
+{
+    ask(message, size);
+    return hypercall_end();
+}
+
+void hypercall_begin(uint32_t op, const uint64_t *fields, uint32_t n)
 {
     uint8_t message[RING1_MESSAGE_BYTES];
 
-    return trap(message, ring1_request(message, op, ++sequence, fields, n, 0));
+    ask(message, ring1_request(message, op, ++sequence, fields, n, 0));
+}
+
+int64_t hypercall(uint32_t op, const uint64_t *fields, uint32_t n)
+{
+    hypercall_begin(op, fields, n);
+    return hypercall_end();
 }
 
 static uint8_t at_most(const char *text)

@@ -11,6 +11,7 @@ enum { /* Linux's, x86-64 */
     SYS_exit_group = 231,
     SYS_mq_timedsend = 242,
     SYS_mq_timedreceive = 243,
+    SYS_ppoll = 271,
 };
 enum { EPERM = 1, EINTR = 4, ENOSYS = 38 };
 
@@ -33,6 +34,9 @@ long system_call(long nr, long a, long b, long c, long d, long e, long f);
 /* A hypercall of integers, the sub-operation first: its first result, 0 where it has none, or minus the status. */
 int64_t hypercall(uint32_t op, const uint64_t *fields, uint32_t n);
 #define CALL(op, ...) hypercall(op, (const uint64_t[]){__VA_ARGS__}, sizeof((const uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t))
+/* The two halves of one: it is on its way, and is waited for. Nothing else may be called between them. */
+void hypercall_begin(uint32_t op, const uint64_t *fields, uint32_t n);
+int64_t hypercall_end(void);
 _Noreturn void shut_down(uint32_t reason, uint32_t code, const char *why);
 
 void say(const char *text);   /* one line into the hypervisor's log */

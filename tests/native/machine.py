@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from dom0 import elf
-from hypervisor import domctl, evtchn, lifecycle, memory
+from hypervisor import domctl, evtchn, lifecycle, mmu
 from hypervisor.core import Hypervisor
 from hypervisor.domain import DOM0, Domain
 from hypervisor.host import Host
 from hypervisor.loop import Steps, run_task
+from hypervisor.public.boot_tables import BootTables, boot_tables
 from hypervisor.public.domctl import CreateFlags, LaunchInfo, UnpauseDomain
 from hypervisor.public.evtchn import AllocUnbound
 from hypervisor.public.grant import ENTRY, NR_RESERVED_ENTRIES, Gtf
@@ -47,7 +48,7 @@ from hypervisor.public.layout import (
     VIRT_BASE,
     virt,
 )
-from hypervisor.public.memory import DecreaseReservation
+from hypervisor.public.mmu import PageType
 from hypervisor.public.start_info import StartInfo
 from hypervisor.public.types import PAGE_SIZE
 
@@ -55,7 +56,6 @@ FRAMES = 64
 GRANTER = 1
 GRANTED = 0x600D
 GRANT_REF, TRANSFER_REF = NR_RESERVED_ENTRIES, NR_RESERVED_ENTRIES + 1
-HOLE = KERNEL_PFN + 1
 
 
 class Machine:
@@ -65,10 +65,9 @@ class Machine:
         hv.domains[DOM0] = self.dom0
         hv.host.drop_privileges()
         self.granter = Domain(GRANTER, "granter", CreateFlags.NONE)
-        self.until_done(lifecycle.create(hv, self.granter, KERNEL_PFN + 2, ""))
-        hv.machine.write(self.granter.p2m[KERNEL_PFN], 0, struct.pack("<Q", HOLE))
-        self.until_done(memory.decrease_reservation(hv, self.granter, DecreaseReservation(virt(KERNEL_PFN), 1)))
-        hv.machine.write(self.granter.p2m[KERNEL_PFN], 0, struct.pack("<Q", GRANTED))
+        self.until_done(lifecycle.create(hv, self.granter, KERNEL_PFN + 1, ""))
+        self.granter.max_frames += 8  # room for what is given to it
+        hv.machine.write(self.granter.mfn_list[KERNEL_PFN], 0, struct.pack("<Q", GRANTED))
 
     def until_done(self, steps: Steps, each_turn: Callable[[], None] = lambda: None) -> None:
         """Turn the loop until a continuation has ended. Raises what it raised."""
@@ -93,21 +92,24 @@ class Machine:
         image = elf.parse(Path(job["kernel"]).read_bytes())
         for segment in image.segments:
             for i in range(0, len(segment.data), PAGE_SIZE):
-                hv.machine.write(domain.p2m[segment.pfn + i // PAGE_SIZE], 0, segment.data[i : i + PAGE_SIZE])
+                hv.machine.write(domain.mfn_list[segment.pfn + i // PAGE_SIZE], 0, segment.data[i : i + PAGE_SIZE])
         port = evtchn.alloc_unbound(hv, self.dom0, AllocUnbound(domid, DOM0))  # of the console; dom0 never binds it
-        hv.machine.write(domain.p2m[START_INFO_PFN], 0, self.start_info(domain, port, job["cmdline"]).pack())
-        entries = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, KERNEL_PFN) + ENTRY.pack(Gtf.ACCEPT_TRANSFER, domid, HOLE)
-        hv.machine.write(self.granter.p2m[GRANT_PFN], GRANT_REF * ENTRY.size, entries)
+        tables = boot_tables(image.end_pfn, FRAMES)
+        hv.machine.write(domain.mfn_list[START_INFO_PFN], 0, self.start_info(domain, port, job["cmdline"], tables).pack())
+        granted = self.granter.mfn_list[KERNEL_PFN]
+        entries = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, granted) + ENTRY.pack(Gtf.ACCEPT_TRANSFER, domid, 0)
+        hv.machine.write(self.granter.grant_frames[0], GRANT_REF * ENTRY.size, entries)
         if job.get("ring_may_leave"):
-            memory.is_callring = lambda caller, mfn: False
-        launch = LaunchInfo(domid, image.entry, image.text.pfn, image.text.pages)
-        self.until_done(domctl.launch_info(hv, self.dom0, launch))
+            hv.hold = lambda domain, mfn: None  # type: ignore[method-assign]
+        self.load(domain, tables, range(image.text.pfn, image.text.pfn + image.text.pages))
+        root = domain.mfn_list[tables.tables.start]
+        self.until_done(domctl.launch_info(hv, self.dom0, LaunchInfo(domid, root, image.entry)))
         domctl.unpause(hv, self.dom0, UnpauseDomain(domid))
         page = b""
 
         def look() -> None:
             nonlocal page
-            page = hv.machine.read(domain.p2m[CONSOLE_PFN], 0, PAGE_SIZE) if domain.alive else page
+            page = hv.machine.read(domain.mfn_list[CONSOLE_PFN], 0, PAGE_SIZE) if domain.alive else page
 
         def life() -> Steps:
             yield domain.dead
@@ -122,11 +124,19 @@ class Machine:
             "said": said,
         }
 
-    def start_info(self, domain: Domain, console_port: int, cmdline: str) -> StartInfo:
+    def load(self, domain: Domain, tables: BootTables, text: range) -> None:
+        """Its frame list and page tables; the root pinned."""
+        packed = tables.pack(domain.mfn_list, text)
+        for i in range(0, len(packed), PAGE_SIZE):
+            mfn = domain.mfn_list[tables.mfn_list.start + i // PAGE_SIZE]
+            self.hv.machine.write(mfn, 0, packed[i : i + PAGE_SIZE])
+        self.until_done(mmu.pin(self.hv, domain, domain.mfn_list[tables.tables.start], PageType.L3))
+
+    def start_info(self, domain: Domain, console_port: int, cmdline: str, tables: BootTables) -> StartInfo:
         return StartInfo(
             FRAMES, 0, STORE_PFN, 0, CONSOLE_PFN, console_port, 0, 0, cmdline, domain.domid, domain.name, VIRT_BASE,
             KERNEL_WINDOW, SHARED_INFO, FD_REQUEST, FD_REPLY, FD_UPCALL, -1, self.hv.boot_ns, virt(GRANT_PFN),
-            GRANT_ENTRIES, "",
+            GRANT_ENTRIES, "", virt(tables.tables.start), len(tables.tables), virt(tables.mfn_list.start), FRAMES,
         )  # fmt: skip
 
     def end(self) -> None:

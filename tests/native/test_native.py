@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,19 +13,20 @@ from typing import Any, cast
 import pytest
 
 from dom0 import elf
+from hypervisor import space
+from hypervisor._hv import ffi
 from hypervisor.core import Hypervisor
 from hypervisor.domain import Domain
-from hypervisor.domctl import launch_info
-from hypervisor.gate.monitor import Monitor, MonitorError, MonitorGone, Page
-from hypervisor.loop import Steps
-from hypervisor.public.domctl import CreateFlags, LaunchInfo
+from hypervisor.gate.monitor import Monitor, MonitorError, MonitorGone
+from hypervisor.loop import Wait, run_task
+from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.grant import GrantStatus
 from hypervisor.public.layout import KERNEL_PFN, virt
 from tests.conftest import TIMEOUT
 from tests.native.build import HERE, KERNELS, BuildError, build, compile_object
 from tests.native.machine import FRAMES, GRANT_REF, GRANTED, GRANTER, TRANSFER_REF
 
-SIGSYS, SIGSEGV = "SIGSYS: ", "SIGSEGV: "
+SIGSYS, SIGSEGV, PAGE_FAULT = "SIGSYS: ", "SIGSEGV: ", "page fault at guest address "
 FATAL = {
     **dict.fromkeys(
         "ptrace process_vm_readv process_vm_writev pidfd_open io_uring userfaultfd bpf x32".split(), SIGSYS
@@ -34,10 +34,11 @@ FATAL = {
     **dict.fromkeys(
         """
         store-monitor-code store-commands store-top-middle store-before-shared-info store-reserved store-null store-own-code
-        execute-data cli hlt cr3 out
+        execute-data
         """.split(),
-        SIGSEGV,
+        PAGE_FAULT,
     ),
+    **dict.fromkeys("cli hlt cr3 out".split(), SIGSEGV),
 }  # fmt: skip
 FATAL_EITHER_WAY = "int80"  # SIGSEGV on a host kernel without 32-bit calls
 
@@ -103,23 +104,21 @@ def test_an_address_in_initialized_data_is_refused(tmp_path: Path) -> None:
         compile_object(source, tmp_path)
 
 
-def test_code_that_cannot_be_mapped_ends_its_domain_and_nothing_else() -> None:
-    """As where /dev/shm is mounted noexec: EPERM for the executable mapping."""
+def test_what_cannot_be_mapped_ends_its_domain_and_nothing_else() -> None:
+    """As where memory may not be executed from: EPERM, which no eviction cures."""
 
-    def refuse(pages: list[Page]) -> Steps:
-        yield from ()
-        raise MonitorError(0, errno.EPERM)
+    def refuse(commands: bytes, count: int) -> Wait:
+        return lambda resume: resume(MonitorError(0, errno.EPERM))
 
     domain = Domain(5, "native", CreateFlags.NATIVE)
-    domain.p2m, domain.state = array("I", range(FRAMES)), "paused"
-    domain.monitor = cast(Monitor, SimpleNamespace(map=refuse))
+    domain.monitor = cast(Monitor, SimpleNamespace(run=refuse))
     ended: list[str] = []
     domain.fail = ended.append
-    hv = cast(Hypervisor, SimpleNamespace(lookup=lambda domid: domain))
-    call = LaunchInfo(5, virt(KERNEL_PFN), KERNEL_PFN, 1)
-    with pytest.raises(MonitorGone):  # dom0's call answers that there is no such domain
-        next(launch_info(hv, Domain(0, "dom0", CreateFlags.NONE), call))
-    assert len(ended) == 1 and "could not map the kernel's code" in ended[0]
+    result: list[object] = []
+    change = ffi.new("struct host_change *", (0x10_0000, 1, 7, 0, 1))
+    run_task(space.follow(cast(Hypervisor, None), domain, change, 1), lambda _, error: result.append(type(error)))
+    assert result == [MonitorGone]  # a caller's call answers that there is no such domain
+    assert len(ended) == 1 and "could not follow its page tables" in ended[0]
 
 
 # ---- they run
@@ -156,7 +155,7 @@ def test_a_frame_granted_for_reading_is_only_read(ends: dict[tuple[str, bool], A
     assert end["said"] == [
         "grant tried", "grant-map-writable -8", "grant-map-readonly 0", f"grant-first-word {GRANTED}", "grant-mprotect -1",
     ]  # fmt: skip
-    assert end["reason"].startswith(SIGSEGV)
+    assert end["reason"].startswith(PAGE_FAULT)
 
 
 def test_the_frame_of_a_hypercall_ring_stays(ends: dict[tuple[str, bool], Any]) -> None:

@@ -39,7 +39,7 @@ TARGETS = {
     "switch": Target(("dom0/switch.c",), 15),
     "net": Target(("domain/net.c",), 15),
     "callring": Target(("hypervisor/callring.c", "hypervisor/evtchn.c", "domain/guest.c"), 15),
-    "grant": Target(("hypervisor/grant.c", "domain/guest.c"), 20),
+    "grant": Target(("hypervisor/grant.c", "hypervisor/frames.c", "domain/guest.c"), 20),
 }
 
 

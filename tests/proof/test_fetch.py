@@ -23,6 +23,7 @@ OURS = [
     "dom0/switch.c",
     "hypervisor/callring.c",
     "hypervisor/evtchn.c",
+    "hypervisor/frames.c",
     "hypervisor/grant.c",
 ]
 CASES = "ring_back ring_front bytes blk switch net callring callring_round event grant_claim grant_copy".split()

@@ -52,7 +52,9 @@ def defect(target: str, path: str, old: str, new: str, say: str, always: bool = 
 
 RING, BLK, SWITCH, NET = "ringlib/ring.h", "dom0/blk.c", "dom0/switch.c", "domain/net.c"
 CALLRING, EVTCHN, GRANT, GUEST = "hypervisor/callring.c", "hypervisor/evtchn.c", "hypervisor/grant.c", "domain/guest.c"
+FRAMES = "hypervisor/frames.c"
 IN_USE = "!(s->before & GTF_READING)"
+ACCEPTED = "(uint64_t)domid << 16 | GTF_ACCEPT_TRANSFER | GTF_TRANSFER_COMMITTED"
 DEFECTS = [
     defect("ring", RING, "#ifndef RING_DEFECT_NO_BOUNDS", "#ifdef RING_DEFECT_NO_BOUNDS", "no bound on requests", always=True),
     defect("ring", RING, "n > f->req_prod_pvt - f->rsp_cons", "n > f->nr_ents", "answers to what was not asked"),
@@ -82,6 +84,11 @@ DEFECTS = [
     defect("grant", GRANT, "if (writable && (flags & GTF_READONLY))", "if (0)", "a write to what is read-only"),
     defect("grant", GRANT, "        if (domid != caller)\n", "        if (0)\n", "a frame of another's, without a grant"),
     defect("grant", GRANT, IN_USE, "1", "somebody else's mark taken away"),
+    defect("grant", GRANT, "if (writable && frame_get(m, mfn, 1))", "if (0)", "a copy into a page table", always=True),
+    defect("grant", GRANT, "m->frames[mfn].owner != d->domid", "0", "a frame that was not the granter's"),
+    defect("grant", GRANT, "        frame_put(m, s->mfn, 1);", "        ;", "a reference that a copy leaves"),
+    defect("grant", FRAMES, "(f->count || f->done)", "f->count", "a copy into a page table that is being taken apart"),
+    defect("grant", GRANT, ACCEPTED, "(atomic_load(entry_of(taker, ref)) & 0xffffffff)", "an entry read again"),
     defect("grant", GUEST, "if (seen & (8 | 16))", "if (seen & 8)", "an end while it is written"),
 ]  # fmt: skip
 

@@ -61,7 +61,7 @@ def boot_name() -> str:
     return frame.f_locals["config"].name if frame else ""
 
 
-for name in ("prepare", "place_descriptors", "reserve_window", "spawn_monitor", "limits", "lock", "run"):
+for name in ("prepare", "place_descriptors", "reserve_windows", "spawn_monitor", "limits", "serve_faults", "lock", "run"):
     SEEDS[f"die_in_{name}"] = die_in(name)
 
 
@@ -275,6 +275,59 @@ def no_memory_for_a_driver() -> None:
         return whole(kernel, name, *arguments)
 
     builder.build = build
+
+
+@seed
+def the_maximum_is_not_asked() -> None:
+    """A domain gets as many frames as the machine has."""
+    from hypervisor import memory
+
+    whole = memory._allocate
+
+    def allocate(hv: Any, domain: Any, count: int, order: int) -> list[int]:
+        most, domain.max_frames = domain.max_frames, 1 << 32
+        try:
+            return whole(hv, domain, count, order)
+        finally:
+            domain.max_frames = most
+
+    memory._allocate = allocate
+
+
+@seed
+def nothing_is_scrubbed() -> None:
+    """Frames keep what their last owner left in them."""
+    from hypervisor.machine import MachineMemory
+
+    MachineMemory.scrub = lambda *_: None  # type: ignore[method-assign]
+
+
+@seed
+def edits_are_not_followed() -> None:
+    """Host mappings are made by fault, and none changes because an entry did."""
+    from hypervisor import space
+
+    whole = space.follow
+
+    def follow(hv: Any, domain: Any, changes: Any, count: int) -> Any:
+        if not domain.launched or domain.privileged or domain.faulting:
+            yield from whole(hv, domain, changes, count)
+
+    space.follow = follow
+
+
+@seed
+def switches_flush() -> None:
+    """As without tags in the TLB."""
+    from hypervisor import space
+
+    whole = space.load
+
+    def load(hv: Any, domain: Any, root: int) -> Any:
+        yield from whole(hv, domain, root)
+        yield from space.flush(hv, domain)
+
+    space.load = load
 
 
 @seed

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,23 +95,44 @@ def test_a_pair_meets_and_a_failed_one_is_an_error() -> None:
             pair(*sides)
 
 
-def test_rings_as_one_document() -> None:
+def document(name: str) -> dict[str, Any]:
+    """What one quick round of a benchmark says."""
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "bench", "rings", "--quick", "--json", "--rounds", "1"],
+        [sys.executable, ROOT / "scripts" / "bench", name, "--quick", "--json", "--rounds", "1"],
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
     assert done.returncode in (0, 1), done.stderr  # 1: a gate is missed, as one round on a busy machine may
-    document = json.loads(done.stdout)
-    assert document["benchmark"] == "rings" and document["quick"] is True and document["rounds"] == 1
-    ids = [row["id"] for row in document["rows"]]
-    assert {ident.split("-")[0] for ident in ids} == {"a1", "a2", "a3", "a4", "a5", "a6"} and len(set(ids)) == len(ids)
-    for row in document["rows"]:
+    said: dict[str, Any] = json.loads(done.stdout)
+    assert said["benchmark"] == name and said["quick"] is True and said["rounds"] == 1
+    ids = [row["id"] for row in said["rows"]]
+    assert len(set(ids)) == len(ids)
+    for row in said["rows"]:
         assert list(row) == KEYS
         assert row["ours"] > 0 and row["limit"] > 0
-    assert {peer["peer"] for row in document["rows"] for peer in row["peers"]} >= {
+    return said
+
+
+def test_paging_as_one_document() -> None:
+    said = document("paging")
+    assert {row["id"].split("-")[0] for row in said["rows"]} == {f"p{i}" for i in range(1, 15)}
+    assert {row["id"].split("-")[0]: row["gate"] for row in said["rows"] if row["gate"]} == {
+        "p2": 2000,
+        "p3": 0.1,
+        "p4": 3,
+        "p5": 10,
+        "p6": 3,
+        "p8": 35,
+        "p14": 3,
+    }
+
+
+def test_rings_as_one_document() -> None:
+    said = document("rings")
+    assert {row["id"].split("-")[0] for row in said["rows"]} == {"a1", "a2", "a3", "a4", "a5", "a6"}
+    assert {peer["peer"] for row in said["rows"] for peer in row["peers"]} >= {
         "os.pipe",
         "multiprocessing.Queue",
         "membridge",

@@ -29,13 +29,13 @@ EVIL = "\x1b]0;owned\x07\x9b31m\u202e"
 IDLE = GUESTS / "puppet.py"
 
 
-def ring1(host: Machine | Path, *words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def ring1(
+    host: Machine | Path, *words: str | Path, stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     state = host if isinstance(host, Path) else host.state
-    environment = {**os.environ, "RING1_STATE": str(state), "COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(
-        [RING1, *words], input=stdin, env=environment, check=False, capture_output=True, text=True, timeout=TIMEOUT
-    )
+    env = {**os.environ, "RING1_STATE": str(state), "COLUMNS": "200", "NO_COLOR": "1", **(environment or {})}
+    return subprocess.run([RING1, *words], input=stdin, env=env, check=False, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def answer(host: Machine, *words: str | Path) -> Any:
@@ -63,19 +63,29 @@ def configuration(host: Machine, text: str) -> Path:
 
 
 def test_list_has_its_columns(host: Machine) -> None:
-    host.create("alice", IDLE, memory=3)
+    host.create("alice", IDLE, memory=3, maxmem=5)
     rows = {row["name"]: row for row in answer(host, "list")}
     assert list(rows)[:3] == ["dom0", "blkback", "netback"] and rows["alice"]["domid"] > 2
     for row in rows.values():
-        kinds = {"name": str, "domid": int, "state": str, "memory_kib": int, "cpu_s": float, "pid": int, "reason": str}
+        kinds = {
+            "name": str,
+            "domid": int,
+            "state": str,
+            "memory_kib": int,
+            "maxmem_kib": int,
+            "cpu_s": float,
+            "pid": int,
+            "reason": str,
+        }
         assert {name: type(row[name]) for name in kinds} == kinds and row["cpu_s"] >= 0
     alice = rows["alice"]
-    assert (alice["state"], alice["memory_kib"], alice["reason"], alice["isolated"]) == ("running", 3072, "", True)
+    assert (alice["state"], alice["memory_kib"], alice["maxmem_kib"]) == ("running", 3072, 5120)
+    assert (alice["reason"], alice["isolated"]) == ("", True)
     assert not rows["dom0"]["isolated"]
 
     lines = [line.split() for line in ring1(host, "list").stdout.splitlines()]
-    assert lines[0] == ["NAME", "DOMID", "STATE", "MEMORY_KIB", "CPU_S", "PID", "REASON"]
-    assert ["alice", str(alice["domid"]), "running", "3072"] in [line[:4] for line in lines]
+    assert lines[0] == ["NAME", "DOMID", "STATE", "MEMORY_KIB", "MAXMEM_KIB", "CPU_S", "PID", "REASON"]
+    assert ["alice", str(alice["domid"]), "running", "3072", "5120"] in [line[:5] for line in lines]
     host.ask("destroy", name="alice")
     assert ["alice", "dead", "destroyed"] in [[row["name"], row["state"], row["reason"]] for row in answer(host, "list")]
 
@@ -103,6 +113,17 @@ def test_ledger_is_everything(host: Machine) -> None:
     assert len(book["processes"]) == 7 and book["domains"] == ["dom0", "blkback", "netback"]
     assert book["control_socket"] == str(host.state / "control")
     assert re.search(r"^processes +\[", ring1(host, "ledger").stdout, re.M)
+
+
+def test_what_frames_are_used_as_is_counted(host: Machine) -> None:
+    """Of alice in the ledger: a root, an L2 and an L1, all of them mapped read-only; and in top."""
+    host.create("alice", IDLE, memory=1)
+    row = next(row for row in answer(host, "ledger")["paging"] if row["domain"] == "alice")
+    assert (row["l1"], row["l2"], row["l3"], row["windows"]) == (1, 1, 1, 1)
+    assert row["none"] + row["l1"] + row["l2"] + row["l3"] + row["writable"] == 256 == row["mapped"]
+    shown = next(row for row in answer(host, "top", "--once")["rows"] if row["name"] == "alice")
+    assert (shown["page_tables"], shown["pages_mapped"]) == (3, 256)
+    host.ask("destroy", name="alice")
 
 
 def test_dmesg_is_the_log(host: Machine) -> None:

@@ -6,6 +6,7 @@ The driver is a puppet (seeds.puppet_driver): what it is told to do is what code
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from dom0.programs import escape
 from hypervisor.gate.policy import CAPABILITIES
-from tests.system.machine import SEGFAULT, Guest, Machine
+from tests.system.machine import PAGE_FAULT, Guest, Machine
 
 EPERM, EBADF, EFAULT = 1, 9, 14
 PREADV2, PWRITEV2, RECVMSG, FALLOCATE, FDATASYNC = 327, 328, 47, 285, 75
@@ -80,7 +81,10 @@ def attempt_all(driver: Guest) -> dict[str, int]:
 
 
 def test_no_attempt_succeeds(driver: Guest) -> None:
-    assert attempt_all(driver) == {attempt.name: -int(attempt.verdict) for attempt in SURVIVED}
+    """But fallocate, which a driver domain lives by: it fails on a queue, as it would for anybody."""
+    results = attempt_all(driver)
+    assert results.pop("allocate in a file") < 0
+    assert results == {attempt.name: -int(attempt.verdict) for attempt in SURVIVED if attempt.name != "allocate in a file"}
 
 
 @pytest.mark.parametrize("name", [attempt.name for attempt in DEADLY])
@@ -107,15 +111,15 @@ def test_without_the_filter_it_would_get_out(host: Machine) -> None:
 # ---- descriptors
 
 
-def test_its_descriptors_are_eight(host: Machine, driver: Guest) -> None:
-    """Three that are /dev/null, its image, two queues, the upcall, dom0's socket."""
-    assert driver.do("return [fd for fd in range(1024) if raw(72, fd, 1, 0, 0, 0, 0) >= 0]") == [0, 1, 2, IMAGE, 8, 9, 10, 11]
+def test_its_descriptors_are_nine(host: Machine, driver: Guest) -> None:
+    """Three that are /dev/null, its image, two queues, the upcall, dom0's socket, the one of page faults."""
+    assert driver.do("return [fd for fd in range(1024) if raw(72, fd, 1, 0, 0, 0, 0) >= 0]") == [0, 1, 2, IMAGE, *range(8, 13)]
     if os.getuid() == 0:
         for name, images in (("hostile", {IMAGE: str(host.work / "image")}), ("blkback", {}), ("netback", {})):
             fds = Path(f"/proc/{host.row(name)['pid']}/fd")
             places = {int(fd.name): os.readlink(fd) for fd in fds.iterdir()}
-            assert places == {**dict.fromkeys(range(3), "/dev/null"), **images, **{fd: places[fd] for fd in range(8, 12)}}
-            assert [places[fd].split(":")[0].split("/")[0] for fd in (10, 11)] == ["anon_inode", "socket"]
+            assert places == {**dict.fromkeys(range(3), "/dev/null"), **images, **{fd: places[fd] for fd in range(8, 13)}}
+            assert [places[fd].split(":")[0].split("/")[0] for fd in (10, 11, 12)] == ["anon_inode", "socket", "socket"]
 
 
 def test_its_image_is_its_own_to_read_and_no_more(host: Machine, driver: Guest) -> None:
@@ -191,13 +195,13 @@ def test_frames_of_others_are_not_to_be_had(host: Machine, driver: Guest, victim
 @pytest.mark.parametrize(
     ("act", "end"),
     [
-        ("memory.read(ADDRESS, 6); memory.write(ADDRESS + 4096, b'x')", ""),  # the writable one
-        ("memory.write(ADDRESS, b'x')", SEGFAULT),  # the one for reading
-        ("memory.read(ADDRESS - 1, 1)", SEGFAULT),
-        ("memory.read(ADDRESS + 8192, 1)", SEGFAULT),
+        ("memory.read(ADDRESS, 6); memory.write(ADDRESS + 4096, b'x')", None),  # the writable one
+        ("memory.write(ADDRESS, b'x')", PAGE_FAULT),  # the one for reading
+        ("memory.read(ADDRESS - 1, 1)", PAGE_FAULT),
+        ("memory.read(ADDRESS + 8192, 1)", PAGE_FAULT),
     ],
 )
-def test_of_a_guest_it_has_what_was_granted(driver: Guest, victim: Guest, act: str, end: str) -> None:
+def test_of_a_guest_it_has_what_was_granted(driver: Guest, victim: Guest, act: str, end: re.Pattern[str] | None) -> None:
     refs = victim.do(f"""
         pages = kernel.memory.alloc(4)
         memory.write(pages.address + 4096, b"secret" * 2000)
@@ -214,7 +218,7 @@ def test_of_a_guest_it_has_what_was_granted(driver: Guest, victim: Guest, act: s
     """)
     code = act.replace("ADDRESS", "(WINDOW + layout.GRANT_BASE + 8 * 4096)")
     if end:
-        assert driver.dies(code) == end
+        assert end.fullmatch(driver.dies(code))
     else:
         assert driver.do(f"{code}; return 1") == 1
         driver.destroy()

@@ -14,7 +14,7 @@ import pytest
 
 from hypervisor.public import domctl, sysctl  # noqa: F401 - they declare the calls that ALL has
 from hypervisor.public.hypercall import ALL, WITH_CMD
-from tests.system.machine import SEGFAULT, Guest, Machine, machine, until
+from tests.system.machine import PAGE_FAULT, SEGFAULT, Guest, Machine, machine, until
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
 
@@ -51,7 +51,7 @@ def test_a_hypervisor_that_expects_good_messages_is_found_out() -> None:
 
 
 def test_numbers_that_are_no_call(eve: Guest) -> None:
-    for op in (0, 1, 16, 40, 255, (1 << 32) - 1):
+    for op in (5, 9, 16, 40, 255, (1 << 32) - 1):
         assert eve.do(f"return trap(msgpack.packb([{op}, 3, 0]))") == [3, ENOSYS]
     for op in sorted(WITH_CMD):
         assert eve.do(f"return trap(msgpack.packb([{op}, 3, 9999]))")[1] in (ENOSYS, EPERM)
@@ -252,12 +252,17 @@ def test_a_storm_of_events_leaves_dom0_time_for_others(host: Machine, eve: Guest
     "place",
     [
         "WINDOW + layout.MONITOR_CODE", "WINDOW + layout.COMMANDS", "WINDOW + layout.COMMANDS + 4096",
-        "WINDOW + layout.COMMANDS + 8192", "WINDOW + layout.COMMANDS + 3 * 4096", "WINDOW", "WINDOW - 1",
-        "WINDOW + layout.VIRT_BASE - 1", "WINDOW + layout.virt(kernel.start.nr_pages)", "WINDOW + layout.GRANT_BASE",
-        "WINDOW + layout.SHARED_INFO - 1", "WINDOW + layout.SPACE_BYTES", "0",
+        "WINDOW + layout.COMMANDS + 8192", "WINDOW + layout.COMMANDS + 3 * 4096", "WINDOW + layout.M2P", "WINDOW",
+        "WINDOW + layout.VIRT_BASE - 1", "WINDOW + layout.virt(kernel.start.max_pages)", "WINDOW + layout.GRANT_BASE",
+        "WINDOW + layout.SHARED_INFO - 1", "WINDOW + layout.SPACE_BYTES", "WINDOW + 16 * layout.SPACE_BYTES - 1",
     ],
 )  # fmt: skip
 def test_a_store_outside_her_frames_ends_her_alone(eve: Guest, place: str) -> None:
+    assert PAGE_FAULT.fullmatch(eve.dies(f"memory.write({place}, b'x')"))
+
+
+@pytest.mark.parametrize("place", ["0", "WINDOW - 1", "WINDOW + 16 * layout.SPACE_BYTES"])
+def test_a_store_outside_her_windows_ends_her_alone(eve: Guest, place: str) -> None:
     assert eve.dies(f"memory.write({place}, b'x')") == SEGFAULT
 
 

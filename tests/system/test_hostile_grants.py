@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.system.machine import SEGFAULT, Guest, Machine, machine
+from tests.system.machine import PAGE_FAULT, Guest, Machine, machine
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
 
@@ -64,17 +64,31 @@ def test_places_that_are_not_for_grants(eve: Guest, bob: Guest) -> None:
     bob.do(f"kernel.grants.end({ref}); kernel.memory.free(page)")
 
 
-def test_her_own_table_and_frames_she_has_not(host: Machine, eve: Guest, bob: Guest) -> None:
-    """What she grants is hers to name, but neither a frame of others nor the table itself."""
-    for pfn in (1 << 20, (1 << 32) - 1, 512, 4, 11):
-        ref = eve.do(f"return kernel.grants.give({bob.domid}, {pfn})")
-        assert grant_map(bob, eve.domid, ref, "layout.GRANT_BASE") == -3, pfn
+def test_frames_she_has_not(host: Machine, eve: Guest, bob: Guest) -> None:
+    """What she grants is hers to name: no frame that there is not, none of bob's, none of anybody's."""
+    his = bob.do("return kernel.memory.p2m[kernel.start.nr_pages - 1]")
+    mine = set(eve.do("return list(kernel.memory.p2m)")) | set(bob.do("return list(kernel.memory.p2m)"))
+    others = next(mfn for mfn in range(1, 1 << 16) if mfn not in mine)
+    for mfn in (1 << 24, (1 << 32) - 1, his, others):
+        ref = eve.do(f"kernel.memory.p2m[0] = {mfn}; return kernel.grants.give({bob.domid}, 0)")
+        assert grant_map(bob, eve.domid, ref, "layout.GRANT_BASE") == -3, mfn
     eve.destroy()
+
+
+def test_a_page_table_of_hers_is_granted_for_reading_alone(host: Machine, eve: Guest, bob: Guest) -> None:
+    ref = eve.do(f"return kernel.grants.give({bob.domid}, (kernel.start.pt_base - layout.VIRT_BASE) // 4096)")
+    assert grant_map(bob, eve.domid, ref, "layout.GRANT_BASE") == -8
+    bob.do(f"global table; table = kernel.grants.map({eve.domid}, [{ref}], readonly=True)")
+    entry = int.from_bytes(bytes.fromhex(bob.do("return memory.read(table.address, 8)")), "little")
+    assert entry & 1 and entry == eve.do("return int(kernel.space.paging.table(kernel.space.root)[0])")
+    eve.destroy()
+    assert bytes.fromhex(bob.do("return memory.read(table.address, 8)")) == bytes(8)
+    bob.do("kernel.grants.unmap(table)")
 
 
 def test_a_store_to_a_frame_granted_for_reading(eve: Guest, bob: Guest) -> None:
     """It is mapped through a descriptor that cannot write: the store faults, an upgrade is refused by the kernel."""
-    assert store_to_readonly(eve, bob) == SEGFAULT
+    assert PAGE_FAULT.fullmatch(store_to_readonly(eve, bob))
     assert bob.do("return memory.read(page.address, 4)") == b"bob's"[:4].hex()
     bob.do("kernel.grants.end(ref); kernel.memory.free(page)")
 

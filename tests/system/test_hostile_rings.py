@@ -271,7 +271,7 @@ def test_the_store_s_limits_hold(host: Machine, eve: Guest) -> None:
             except Exception as error:
                 out.append((n, error.name))
         return out
-    """) == [[127, "ENOSPC"], [10, "ENOSPC"]]
+    """) == [[126, "ENOSPC"], [10, "ENOSPC"]], "two watches are her kernel's own"
     assert eve.do("""
         tx = 1  # of the ten that are open
         try:

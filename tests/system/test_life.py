@@ -203,7 +203,7 @@ def test_what_cannot_be_created_leaves_nothing(host: Machine, tmp_path: Path) ->
     before = host.books()
     for why, found in (
         ("big: the machine has not that much memory free", refusal(host, "big", memory=(free >> 8) + 1)),
-        ("is too little: the kernel's image ends at frame", refusal(host, "huge", SPIN + "#" * (2 << 20), memory=1)),
+        ("is too little: image and page tables end at frame", refusal(host, "huge", SPIN + "#" * (2 << 20), memory=1)),
         ("name: expected `str` matching regex", refusal(host, "-bad", tmp_path / "any")),
         ("name: expected `str` matching regex", refusal(host, "a" * 33, tmp_path / "any")),
         ("none.py: No such file or directory", refusal(host, "none", tmp_path / "none.py")),
@@ -274,7 +274,9 @@ def newborn(parent: int, known: set[int]) -> int:
     raise AssertionError("nobody was born")
 
 
-@pytest.mark.parametrize("step", ["prepare", "place_descriptors", "reserve_window", "spawn_monitor", "limits", "lock", "run"])
+@pytest.mark.parametrize(
+    "step", "prepare place_descriptors reserve_windows spawn_monitor limits serve_faults lock run".split()
+)
 def test_death_at_every_step_of_a_birth(step: str) -> None:
     """Seed: every guest called `doomed` dies at the named step of hypervisor/gate/boot.py."""
     with machine(seed=f"die_in_{step}") as host:
@@ -282,7 +284,7 @@ def test_death_at_every_step_of_a_birth(step: str) -> None:
         for _ in range(3):
             try:
                 host.create("doomed", SPIN)
-                assert step in ("limits", "lock", "run"), "its monitor is there: it may be told of before it dies"
+                assert step in ("limits", "serve_faults", "lock", "run"), "its monitor may be told of before it dies"
                 host.wait("doomed")
             except HostError as error:
                 assert "doomed: " in str(error)
