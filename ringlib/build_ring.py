@@ -1,4 +1,4 @@
-"""Build `ringlib._ring`; the declarations are read from ringlib.h."""
+"""Build `ringlib._ring`; the declarations are read from ringlib.h and spin.h."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "ringlib.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
+for header in (HERE / "spin.h", HERE / "ringlib.h"):
+    ffibuilder.cdef(header.read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
 ffibuilder.set_source(
     "ringlib._ring",
     '#include "ringlib.h"',

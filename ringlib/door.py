@@ -9,9 +9,8 @@ elsewhere costs a look. Rows a6 of scripts/bench rings have all this measured.
 
 Where a knock does not reach (the ends live in different network namespaces) the timer does, every LOOK_SECONDS.
 
-Before it waits, an end spins as it would without a loop, but only while that proves worth it (spin_if_lucky in shared.c):
-two that answer each other promptly are some seven times as fast as by sleeping, and who waits for longer holds up its loop
-for those 20 us hardly ever.
+Before it waits, an end spins as it would without a loop, while that proves worth it (spin.h): two that answer each other
+promptly are some seven times as fast as by sleeping, and who waits for longer holds up its loop for those 20 us hardly ever.
 """
 
 from __future__ import annotations

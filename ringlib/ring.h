@@ -28,6 +28,13 @@ _Static_assert(sizeof(struct ring_shared) == 64, "the header of io/ring.h");
 _Static_assert(offsetof(struct ring_shared, rsp_prod) == 8, "the header of io/ring.h");
 _Static_assert(offsetof(struct ring_shared, rsp_event) == 12, "the header of io/ring.h");
 
+/* What the two ends of ring1's hypercall ring say to each other in the header's pad: where they last ran, plus 1. A hint, and
+ * on no other ring. */
+struct ring_cpus {
+    _Atomic uint32_t front, back;
+};
+static inline struct ring_cpus *ring_cpus(struct ring_shared *sh) { return (struct ring_cpus *)(void *)sh->pad; }
+
 struct ring_front {
     struct ring_shared *sh;
     uint32_t nr_ents, slot_size, req_size, rsp_size;

@@ -3,6 +3,7 @@
 #define RINGLIB_RINGLIB_H
 
 #include "ring.h"
+#include "spin.h"
 
 /* cdef begin */
 int32_t front_init(void *front, void *page, uint64_t bytes, uint32_t req_size, uint32_t rsp_size, uint32_t start);

@@ -14,7 +14,6 @@
 #include "shared.h"
 
 #include <linux/futex.h>
-#include <sched.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -60,17 +59,9 @@ static int32_t guarded(struct shared *s, int32_t (*act)(struct shared *, const s
 static struct end *peer_of(struct shared *s) { return &s->control->end[1 - s->side]; }
 static int closed(struct shared *s) { return (int)atomic_load(&peer_of(s)->closed); }
 
-static int64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ll + t.tv_nsec;
-}
-
 static void tell_cpu(struct shared *s)
 {
-    uint32_t cpu = (uint32_t)sched_getcpu() + 1;
+    uint32_t cpu = spin_cpu();
 
     if (cpu != s->cpu)
         atomic_store_explicit(&s->control->end[s->side].cpu, s->cpu = cpu, memory_order_relaxed);
@@ -109,32 +100,30 @@ static _Atomic uint32_t *producer(struct shared *s)
 }
 static uint32_t consumer(struct shared *s) { return s->side == FRONT ? s->front.rsp_cons : s->back.req_cons; }
 
-/* Until `want` entries are there, at most `ns`; not at all where the peer runs, or last ran, on this CPU: it would wait
- * for us to stop. Never yields: that costs a whole slice when a third process wants the CPU. */
-static int spin(struct shared *s, uint32_t want, int64_t ns)
+struct look {
+    struct shared *s;
+    uint32_t want;
+};
+
+/* Also a peer that closed is worth a look. */
+static int worth_a_look(const void *of)
 {
-    _Atomic uint32_t *prod = producer(s);
-    uint32_t cons = consumer(s), cpu;
-    int64_t end;
+    const struct look *l = of;
+
+    return atomic_load_explicit(producer(l->s), memory_order_relaxed) - consumer(l->s) >= l->want || closed(l->s);
+}
+
+/* Look for `want` entries before sleeping, as spin.h has it; not for a peer that never waited, so that nobody knows where
+ * it runs. */
+static int spin_for(struct shared *s, uint32_t want, int64_t ns)
+{
+    uint32_t peer;
 
     if (ns <= 0)
         return 0;
     tell_cpu(s);
-    cpu = atomic_load_explicit(&peer_of(s)->cpu, memory_order_relaxed);
-    if (!cpu || cpu == s->cpu)
-        return 0;
-    s->counts.spins++;
-    end = now_ns() + ns;
-    do
-        for (int i = 0; i < 50; i++) {
-            if (atomic_load_explicit(prod, memory_order_relaxed) - cons >= want) {
-                s->counts.spins_won++;
-                return 1;
-            }
-            __builtin_ia32_pause();
-        }
-    while (now_ns() < end && !closed(s));
-    return 0;
+    peer = atomic_load_explicit(&peer_of(s)->cpu, memory_order_relaxed);
+    return peer && spin(&s->spin, peer, ns, worth_a_look, &(struct look){s, want});
 }
 
 /* ---- answers, two ways: one lies where its request lay
@@ -233,7 +222,7 @@ static int32_t make_room(struct shared *s, uint32_t n, int64_t ns)
     if (room >= n || !one_way(s))
         return 0;
     if (ns)
-        spin(s, n - room, ns);
+        spin_for(s, n - room, ns);
     return ring_front_take(&s->front, NULL, s->nr_ents);
 }
 
@@ -306,7 +295,7 @@ static int32_t do_take(struct shared *s, const struct call *c)
     int32_t n = take(s, c), was_closed = 0, r = 0;
 
     if (!n) {
-        spin(s, 1, c->ns);
+        spin_for(s, 1, c->ns);
         was_closed = closed(s);
         n = take(s, c);
     }
@@ -363,29 +352,12 @@ int32_t shared_sleep(void *state, uint32_t want, int64_t ns)
     return guarded(state, do_sleep, &(struct call){.n = want, .ns = ns});
 }
 
-/* An event loop is held up while one spins in it: only where that was worth it the last time. Each time it was not, twice as
- * many waits go by before it is tried again. */
-static int spin_if_lucky(struct shared *s, uint32_t want, int64_t ns)
-{
-    if (s->wait_out) {
-        s->wait_out--;
-        return 0;
-    }
-    if (spin(s, want, ns)) {
-        s->unlucky = 0;
-        return 1;
-    }
-    s->unlucky = s->unlucky < MOST_UNLUCKY ? 2 * s->unlucky + 1 : MOST_UNLUCKY;
-    s->wait_out = s->unlucky;
-    return 0;
-}
-
 static int32_t do_ask(struct shared *s, const struct call *c)
 {
     uint32_t want = (uint32_t)c->n, door = (uint32_t)(c->n >> 32);
     int32_t r;
 
-    if (door && spin_if_lucky(s, want, c->ns))
+    if (door && spin_for(s, want, c->ns))
         return 1;
     atomic_store(&s->control->end[s->side].door, door);
     atomic_thread_fence(memory_order_release);
@@ -418,4 +390,11 @@ static int32_t do_pending(struct shared *s, const struct call *c)
 /* Front: published and not answered; back: taken and not answered. -EPIPE: one way, and what is left will never be taken. */
 int32_t shared_pending(void *state) { return guarded(state, do_pending, NULL); }
 
-void shared_statistics(void *state, uint64_t *out) { memcpy(out, &((struct shared *)state)->counts, sizeof(struct counts)); }
+void shared_statistics(void *state, uint64_t *out)
+{
+    struct shared *s = state;
+
+    s->counts.spins = s->spin.spins;
+    s->counts.spins_won = s->spin.won;
+    memcpy(out, &s->counts, sizeof s->counts);
+}

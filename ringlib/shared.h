@@ -6,7 +6,6 @@
 
 enum { FRONT = 0, BACK = 1 };
 enum { CONTROL_BYTES = 4096 };
-enum { MOST_UNLUCKY = 255 };
 
 /* A side's line of the control page. Python writes pid and born (when that process started), by pwrite. */
 struct end {
@@ -38,7 +37,7 @@ struct shared {
     uint64_t bytes;
     uint32_t side, in_size, out_size, nr_ents, cpu, gone;
     int32_t knocker;         /* the socket to knock with; -1 before it is needed */
-    uint32_t unlucky, wait_out; /* spins in an event loop: how many waits shall, and will still, do without */
+    struct spin spin;
     struct counts counts;
     union {
         struct ring_front front;

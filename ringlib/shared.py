@@ -39,7 +39,7 @@ from ringlib.ring import Broken, Buffer, Busy, Closed, WouldBlock
 if TYPE_CHECKING:
     from ringlib.door import Door
 
-SPIN_NS = 20_000  # less than a sleep and a wake-up across CPUs cost
+SPIN_NS: int = lib.SPIN_NS  # how long an end looks before it sleeps, while that proves worth it (spin.h)
 LOOK_SECONDS = 0.05  # a sleeper looks this often whether its peer still lives
 ATTACH_SECONDS = 0.001  # and an attacher whether the ring is there
 

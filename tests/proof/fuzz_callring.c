@@ -18,8 +18,9 @@ static struct callring c;
 
 /* Ports 1 to 7 of the caller, by kind; every other port is closed. */
 static const struct evt_port ports[8] = {
-    [1] = {INTERDOMAIN, 2, 3, 0}, [2] = {INTERDOMAIN, 2, 1024, 0}, [3] = {UNBOUND, 2, 0, 0}, [4] = {VIRQ, 0, 0, 1},
-    [5] = {IPI, 0, 0, 0},         [6] = {INTERDOMAIN, 0, 70, 0},   [7] = {INTERDOMAIN, 3, 9, 0}, /* who is gone */
+    [1] = {INTERDOMAIN, 2, 3, 0, 0}, [2] = {INTERDOMAIN, 2, 1024, 0, 0}, [3] = {UNBOUND, 2, 0, 0, 0},
+    [4] = {VIRQ, 0, 0, 1, 0},        [5] = {IPI, 0, 0, 0, 0},            [6] = {INTERDOMAIN, 0, 70, 0, 0},
+    [7] = {INTERDOMAIN, 3, 9, 0, 0}, /* who is gone */
 };
 
 static int bit(uint32_t domid, uint32_t base, uint32_t port) { return shared.page[domid][base + port / 8] >> port % 8 & 1; }

@@ -139,6 +139,6 @@ def test_a_frame_from_after_the_exchange_is_seen() -> None:
 
 
 def test_an_event_word_that_is_read_twice_is_seen() -> None:
-    once = "if (atomic_load(&s->mask[port / 64]) & bit)"
+    once = "return !(atomic_load(&s->mask[port / 64]) & bit);"
     twice = once.replace(" & bit)", " & atomic_load(&s->mask[port / 64]) & bit)")
     assert watch({"hypervisor/evtchn.c": [(once, twice)]}, "event")["event"].twice

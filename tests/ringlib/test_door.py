@@ -509,7 +509,7 @@ def waits_without_asking(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def spins_always(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    seed(monkeypatch, folder, Edit("shared.c", "    s->wait_out = s->unlucky;\n", ""))
+    seed(monkeypatch, folder, Edit("spin.h", "    s->wait_out = s->unlucky;\n", ""))
     check_spinning(monkeypatch)
 
 

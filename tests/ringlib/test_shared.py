@@ -185,6 +185,9 @@ def test_spins_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TimeoutError):
             back.get(timeout=0)
         assert back.statistics[5:8] == (0, 1, 0)
+        with pytest.raises(TimeoutError):
+            back.get(timeout=0)
+        assert back.statistics[5:8] == (0, 1, 0), "it was not worth it: a wait without"
         monkeypatch.setattr(shared, "SPIN_NS", int(TIMEOUT * 1e9))
         reader = threading.Thread(target=lambda: back.get(timeout=TIMEOUT))
         reader.start()
