@@ -1,4 +1,4 @@
-"""Build `domain._guest`; the declarations are read from guest.h."""
+"""Build `domain._guest`; the declarations are read from guest.h and spin.h."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "guest.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
+for header in (ROOT / "ringlib" / "spin.h", HERE / "guest.h"):
+    ffibuilder.cdef(header.read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
 ffibuilder.set_source(
     "domain._guest",
     '#include "guest.h"',

@@ -21,8 +21,6 @@ from ringlib.ring import Broken, FrontRing
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
-SPINS = 2000  # looks at the answers before the doorbell is rung although nobody asked for it; about 50 us
-
 
 class CallRing:
     """One a domain: the hypervisor refuses a second."""
@@ -33,6 +31,7 @@ class CallRing:
         self._front = FrontRing(page.address, PAGE_SIZE, ENTRY_BYTES, ANSWER_BYTES)
         self._pushed: Any = ffi.new("uint32_t *")
         self._answered: Any = ffi.new("uint32_t *")
+        self._spin: Any = ffi.new("struct spin *")
         self.doorbells = 0
         kernel.hypercall(CallringSetup(page.va))
 
@@ -46,7 +45,8 @@ class CallRing:
         answers: Any = ffi.new("char[]", count * ANSWER_BYTES)
         self._pushed[0] = self._answered[0] = 0
         source = ffi.from_buffer(entries)
-        while state := lib.callring_round(self._front.state, source, count, self._pushed, answers, self._answered, SPINS):
+        progress = self._pushed, answers, self._answered, self._spin
+        while state := lib.callring_round(self._front.state, source, count, *progress):
             if state < 0:
                 raise Broken("the hypervisor's answer index cannot be")
             self.doorbells += 1

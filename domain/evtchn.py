@@ -1,8 +1,9 @@
-"""Event channels as a guest uses them: ports to wait on. The signal stays blocked for good and is only ever a descriptor
-that becomes readable; what happened stands in the bitmaps, drained in C."""
+"""Event channels as a guest uses them: ports to wait on. The signal stays blocked for good and is only ever waited for
+(idle.py); what happened stands in the bitmaps, drained in C."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from domain._guest import ffi, lib
@@ -13,19 +14,17 @@ from hypervisor.public.types import DOMID_SELF
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
-DRAIN = 256
-
 
 class EventChannels:
     """Ports of this domain."""
 
     def __init__(self, kernel: Kernel, shared_info: int) -> None:
-        self._call = kernel.hypercall
-        self._shared: Any = ffi.cast("void *", shared_info)
-        self._ports: Any = ffi.new("uint32_t[]", DRAIN)
+        self._call, self._post = kernel.hypercall, kernel.hypercall.post
+        self.shared_info: Any = ffi.cast("void *", shared_info)
         self._events: dict[int, Event] = {}
+        self._virqs: set[int] = set()  # the ports of ours that cannot send
         self.received = self.sent = 0
-        self.mask_upcalls()
+        lib.upcall_mask(self.shared_info)  # interrupts off, but while we sleep
 
     # ---- ports
 
@@ -41,7 +40,9 @@ class EventChannels:
         return self._bound(self._call(BindInterdomain(remote, remote_port)))
 
     def bind_virq(self, virq: int) -> int:
-        return self._bound(self._call(BindVirq(virq)))
+        port = self._call(BindVirq(virq))
+        self._virqs.add(port)
+        return self._bound(port)
 
     def bind_ipi(self) -> int:
         return self._bound(self._call(BindIpi()))
@@ -57,6 +58,7 @@ class EventChannels:
     def close(self, port: int) -> None:
         """Close it; whoever waits on it wakes once."""
         self._call(EvtchnClose(port))
+        self._virqs.discard(port)
         event = self._events.pop(port, None)
         if event:
             event.set()
@@ -64,9 +66,13 @@ class EventChannels:
     # ---- events
 
     def send(self, port: int) -> None:
-        """One hypercall; an event that is pending already costs the hypervisor one atomic and no signal."""
+        """One hypercall, whose answer nobody waits for; an event that is pending already costs the hypervisor one atomic and
+        no signal. Raises Invalid for a port that cannot send."""
         self.sent += 1
-        self._call(EvtchnSend(port))
+        if port in self._events and port not in self._virqs:
+            self._post(EvtchnSend(port))
+        else:
+            self._call(EvtchnSend(port))
 
     def unmask(self, port: int) -> None:
         self._call(EvtchnUnmask(port))
@@ -74,27 +80,15 @@ class EventChannels:
     async def wait(self, port: int) -> None:
         """Until an event arrived since the last wait on this port; events merge."""
         event = self._events[port]
-        await event.wait()
-        event.clear()
+        if not event.is_set:
+            await event.wait()
+        event.is_set = False
 
-    def mask_upcalls(self) -> None:
-        """Interrupts off: a store, no call."""
-        lib.upcall_mask(self._shared)
-
-    def unmask_upcalls(self) -> bool:
-        """Interrupts on. True: something came meanwhile, and no signal will say so."""
-        return lib.upcall_unmask(self._shared) != 0
-
-    def drain(self) -> int:
-        """Hand pending ports to their waiters; returns how many."""
-        total = 0
-        while True:
-            n = lib.upcall_drain(self._shared, self._ports, DRAIN)
-            for i in range(n):
-                event = self._events.get(self._ports[i])
-                if event is not None:
-                    event.set()
-            total += n
-            if n < DRAIN:
-                self.received += total
-                return total
+    def hand_out(self, ports: Iterable[int]) -> None:
+        """To their waiters: these were pending."""
+        events = self._events
+        for port in ports:
+            self.received += 1
+            event = events.get(port)
+            if event is not None:
+                event.set()

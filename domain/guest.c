@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <mqueue.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
@@ -16,7 +18,8 @@
 struct vcpu_info {
     _Atomic uint8_t upcall_pending;
     _Atomic uint8_t upcall_mask;
-    uint8_t pad0[6];
+    uint8_t pad0[2];
+    _Atomic uint32_t cpu; /* the hypervisor's, plus 1 */
     _Atomic uint64_t pending_sel;
     uint64_t rest[6];
 };
@@ -29,18 +32,32 @@ _Static_assert(sizeof(struct vcpu_info) == 64, "vcpu_info");
 _Static_assert(offsetof(struct shared_info, pending) == 2048, "evtchn_pending");
 _Static_assert(offsetof(struct shared_info, mask) == 2560, "evtchn_mask");
 
-/* The trap: one message out, its reply in. Returns the reply's size or -errno. */
-int64_t hypercall_trap(int32_t request, int32_t reply, const void *message, uint64_t size, void *answer, uint64_t room)
+/* 0 or -errno. */
+int32_t hypercall_post(int32_t request, const void *message, uint64_t size)
 {
-    ssize_t got;
-
     while (mq_send(request, message, size, 0))
         if (errno != EINTR)
             return -errno;
+    return 0;
+}
+
+/* The reply's size or -errno. */
+int64_t hypercall_answer(int32_t reply, void *answer, uint64_t room)
+{
+    ssize_t got;
+
     while ((got = mq_receive(reply, answer, room, NULL)) < 0)
         if (errno != EINTR)
             return -errno;
     return got;
+}
+
+/* The trap: one message out, its reply in. */
+int64_t hypercall_trap(int32_t request, int32_t reply, const void *message, uint64_t size, void *answer, uint64_t room)
+{
+    int32_t error = hypercall_post(request, message, size);
+
+    return error ? error : hypercall_answer(reply, answer, room);
 }
 
 /* The upcall of xen.h: clear the flag first, take the selector, for each word take what is pending and not masked.
@@ -87,6 +104,63 @@ int32_t upcall_unmask(void *shared_info)
 
     atomic_store(&v->upcall_mask, 0);
     return atomic_load(&v->upcall_pending) != 0;
+}
+
+_Static_assert(sizeof(struct wanted) == sizeof(struct pollfd), "struct pollfd");
+_Static_assert(offsetof(struct wanted, events) == offsetof(struct pollfd, events), "struct pollfd");
+_Static_assert(offsetof(struct wanted, revents) == offsetof(struct pollfd, revents), "struct pollfd");
+
+static int upcall_there(const void *shared_info)
+{
+    return atomic_load_explicit(&((const struct shared_info *)shared_info)->vcpu[0].upcall_pending, memory_order_relaxed);
+}
+
+/* Of the descriptors, and of the upcall's own; one read of that is enough: a standard signal is pending once, and the next
+ * one makes it readable again. ns: NULL: until something comes. */
+static void look_at_descriptors(struct idle *i, const struct timespec *ns)
+{
+    char info[128];
+    int n = ppoll((struct pollfd *)i->fds, i->nr_fds, ns, NULL);
+
+    i->nr_ready = n > 0 ? (uint32_t)n : 0;
+    if (i->nr_ready && i->fds[0].revents) {
+        i->nr_ready--;
+        if (read(i->fds[0].fd, info, sizeof info) < 0)
+            return;
+    }
+}
+
+/* The idle loop, of a kernel that has upcalls masked: hand out what is pending and, where that is nothing, `sleep` until
+ * something is, and hand that out. One call, since each between Python and C, and each of the host's, is a part of every
+ * wake-up: rt_sigtimedwait takes the signal in the call that waits for it, so the descriptor is only for a kernel that has
+ * others to wait for. What wakes without a reason (a signal that came late, SIGCONT) has handed out nothing.
+ *
+ * Descriptors are looked at also after events: whoever can send one whenever we look would keep us from them. */
+void idle(struct idle *i, int32_t sleep)
+{
+    struct shared_info *s = i->shared_info;
+    struct timespec at_once = {0, 0};
+    sigset_t upcall;
+
+    i->nr_ready = 0;
+    i->nr_ports = (uint32_t)upcall_drain(s, i->ports, IDLE_PORTS);
+    if (i->nr_ports || !sleep) {
+        if (i->nr_fds > 1)
+            look_at_descriptors(i, &at_once);
+        return;
+    }
+    if (!spin(&i->spin, atomic_load_explicit(&s->vcpu[0].cpu, memory_order_relaxed), SPIN_NS, upcall_there, s)) {
+        sigemptyset(&upcall);
+        sigaddset(&upcall, SIGUSR2);
+        if (upcall_unmask(s))
+            ;
+        else if (i->nr_fds > 1)
+            look_at_descriptors(i, NULL);
+        else
+            sigtimedwait(&upcall, NULL, NULL);
+        upcall_mask(s);
+    }
+    i->nr_ports = (uint32_t)upcall_drain(s, i->ports, IDLE_PORTS);
 }
 
 void event_mask(void *shared_info, uint32_t port)
@@ -146,15 +220,6 @@ uint64_t wall_base(void *shared_info)
     return ((uint64_t)high << 32 | sec) * 1000000000u + nsec;
 }
 
-/* One read is enough: a standard signal is pending once, and the next one makes the descriptor readable again. */
-void signal_clear(int32_t fd)
-{
-    char info[128];
-    ssize_t ignored = read(fd, info, sizeof info);
-
-    (void)ignored;
-}
-
 void memory_copy(void *to, const void *from, uint64_t size)
 {
     memcpy(to, from, size);
@@ -191,15 +256,23 @@ int32_t grant_end(void *table, uint32_t ref)
     return 0;
 }
 
+static int answer_there(const void *front)
+{
+    const struct ring_front *f = front;
+
+    return atomic_load_explicit(&f->sh->rsp_prod, memory_order_relaxed) != f->rsp_cons;
+}
+
 /* Push what fits of `count` entries, take what was answered, until all is answered (0), the doorbell must be rung (1: it was
- * asked for, or nothing came within `spins` looks), or the ring is broken (-EPROTO). *pushed and *answered go on from call
- * to call. */
+ * asked for, or no answer came while we spun), or the ring is broken (-EPROTO). *pushed and *answered go on from call to
+ * call; spin_state: NULL: never. */
 int32_t callring_round(void *front, const void *entries, uint32_t count, uint32_t *pushed, void *answers, uint32_t *answered,
-                       uint32_t spins)
+                       struct spin *spin_state)
 {
     struct ring_front *f = front;
-    uint32_t idle = 0;
+    struct ring_cpus *cpus = ring_cpus(f->sh);
 
+    atomic_store_explicit(&cpus->front, spin_cpu(), memory_order_relaxed);
     while (*answered < count) {
         uint32_t room = ring_front_free(f), n = count - *pushed < room ? count - *pushed : room;
         int32_t r;
@@ -217,11 +290,12 @@ int32_t callring_round(void *front, const void *entries, uint32_t count, uint32_
             return r;
         *answered += (uint32_t)r;
         if (r)
-            idle = 0;
-        else if (++idle > spins)
+            continue;
+        if (!spin_state)
             return 1;
-        else
-            __builtin_ia32_pause();
+        spin_state->wait_out = 0; /* it did not ask to be told, so it is awake: a doorbell would cost more than this look */
+        if (!spin(spin_state, atomic_load_explicit(&cpus->back, memory_order_relaxed), SPIN_NS, answer_there, f))
+            return 1;
     }
     return 0;
 }

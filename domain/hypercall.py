@@ -22,20 +22,45 @@ class Trap:
         self._request, self._reply = request_mqd, reply_mqd
         self._answer: Any = ffi.new("char[]", MESSAGE_BYTES)
         self._sequence = 0
+        self._posted = False  # the answer to the last call is still to be taken
         self.count = 0
 
     def __call__(self, request: Hypercall[R]) -> R:
         """Perform `request`; raises the XenError of its status."""
-        self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self.count += 1
-        message = request.encode(sequence)
+        message = self._next(request)
         size = lib.hypercall_trap(self._request, self._reply, message, len(message), self._answer, MESSAGE_BYTES)
+        result: R = request.result(self._values(size))
+        return result
+
+    def post(self, request: Hypercall[None]) -> None:
+        """Ask, and go on: whoever sleeps next is not woken for an answer that says nothing. For calls that are not refused;
+        of one that was after all the next call tells, by raising its XenError."""
+        message = self._next(request)
+        error = lib.hypercall_post(self._request, message, len(message))
+        if error:
+            raise OSError(-error, "the hypercall queue")
+        self._posted = True
+
+    def settle(self) -> None:
+        """Take the answer to what was posted, if it is still to come: whoever uses the queues himself begins with this."""
+        if self._posted:
+            self._posted = False
+            self._values(lib.hypercall_answer(self._reply, self._answer, MESSAGE_BYTES))
+
+    def _next(self, request: Hypercall[Any]) -> bytes:
+        """Its message, once the answer to the last one is out of the way."""
+        self.settle()
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self.count += 1
+        return request.encode(self._sequence)
+
+    def _values(self, size: int) -> list[Any]:
+        """Of the answer that was taken."""
         if size < 0:
             raise OSError(-size, "the hypercall queue")
-        reply = _decode(ffi.buffer(self._answer, size))
-        if reply[0] != sequence:
-            raise AssertionError(f"reply {reply[0]} to hypercall {sequence}")
-        if reply[1]:
-            raise from_status(reply[1])
-        result: R = request.result(reply[2:])
-        return result
+        sequence, status, *values = _decode(ffi.buffer(self._answer, size))
+        if sequence != self._sequence:
+            raise AssertionError(f"reply {sequence} to hypercall {self._sequence}")
+        if status:
+            raise from_status(status)
+        return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import select
 import sys
 import time
 import traceback
@@ -21,8 +20,9 @@ from domain.console import Console
 from domain.evtchn import EventChannels
 from domain.grant import Grants
 from domain.hypercall import Trap
+from domain.idle import READABLE, WRITABLE, Idle
 from domain.memory import Memory
-from domain.sched import Event, Scheduler, Task
+from domain.sched import Scheduler, Task
 from domain.store import Store, StoreClient
 from hypervisor.public.boot_tables import boot_tables
 from hypervisor.public.console import ConsoleWrite
@@ -68,8 +68,7 @@ class Kernel:
         self.memory = Memory(self.hypercall, info.nr_pages, p2m, tables)
         self.grants = Grants(self, info.window + info.grant_table, info.nr_grant_entries)
         self.scheduler = Scheduler(self.now_ns, self._idle)
-        self._poll = select.poll()
-        self._waiting: dict[int, Event] = {}
+        self._look = Idle(self.evtchn, info.upcall_fd)
         self._timer_set = 0
 
     # ---- boot
@@ -78,7 +77,6 @@ class Kernel:
         """In the order a kernel needs them."""
         sched.install(self.scheduler)
         self.scheduler.on_error = self._task_failed
-        self._poll.register(self.start.upcall_fd, select.POLLIN)  # upcalls
         self.evtchn.bind_virq(VIRQ_TIMER)  # time
         if self.start.store_evtchn:
             self.evtchn.adopt(self.start.store_evtchn)
@@ -201,46 +199,20 @@ class Kernel:
 
     async def readable(self, fd: int) -> None:
         """Until `fd` can be read: for dom0 and driver domains, which have descriptors."""
-        await self._ready(fd, select.POLLIN)
+        await self._look.ready(fd, READABLE)
 
     async def writable(self, fd: int) -> None:
-        await self._ready(fd, select.POLLOUT)
-
-    async def _ready(self, fd: int, mask: int) -> None:
-        assert fd not in self._waiting, f"two tasks wait for descriptor {fd}"
-        self._waiting[fd] = event = Event()
-        self._poll.register(fd, mask)
-        try:
-            await event.wait()
-        finally:
-            self._poll.unregister(fd)
-            del self._waiting[fd]
+        await self._look.ready(fd, WRITABLE)
 
     # ---- idle: SCHEDOP_block
 
     def _idle(self, timeout: float) -> None:
-        """Look, then sleep until an upcall, a descriptor or the timer. `timeout` in seconds, -1 for ever.
-
-        Upcalls are masked while this kernel is awake: it looks by itself, and nobody spends a signal on it. They are
-        unmasked for the sleep alone, and unmasking looks once more.
-        """
-        if self.evtchn.drain() or timeout == 0:
-            if self._waiting:  # also after events: whoever can send one whenever we look would keep us from descriptors
-                self._poll_descriptors(0)
-            return
+        """Look, then sleep until an upcall, a descriptor or the timer. `timeout` in seconds, -1 for ever."""
         if timeout > 0:
+            if self._look(False):
+                return
             self._arm(timeout)
-        if not self.evtchn.unmask_upcalls():
-            self._poll_descriptors(None)
-        self.evtchn.mask_upcalls()
-        self.evtchn.drain()
-
-    def _poll_descriptors(self, milliseconds: int | None) -> None:
-        for fd, _ in self._poll.poll(milliseconds):
-            if fd == self.start.upcall_fd:
-                lib.signal_clear(fd)
-            elif fd in self._waiting:
-                self._waiting[fd].set()
+        self._look(timeout != 0)
 
     def _arm(self, timeout: float) -> None:
         """One hypercall, unless the timer is set to fire by then."""

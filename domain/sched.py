@@ -128,17 +128,19 @@ class Scheduler:
     def run(self, until: Task[T]) -> T:
         """Until that task is done; returns its value or raises its error. Other tasks stay where they are."""
         until._finished.waited = True
+        ready = self.ready
         while True:
-            self._run_timers()
-            for _ in range(len(self.ready)):
-                self.current = self.ready.popleft()
-                self.current.step()
+            if self._timers:
+                self._run_timers()
+            for _ in range(len(ready)):
+                self.current = task = ready.popleft()
+                task.step()
                 if until.done:
                     break
             self.current = None
             if until.done:
                 break
-            self._idle(0.0 if self.ready else self._until_timer())
+            self._idle(0.0 if ready else self._until_timer() if self._timers else -1.0)
         if until.error is not None:
             raise until.error
         return until.value  # type: ignore[return-value]

@@ -1,10 +1,11 @@
 /* Two processes hammer one shared_info: a sender with the hypervisor's functions and a guest with its own.
  *
- *     hammer ROUNDS PATIENCE_MS        0: every event arrived; 1: one was lost; 2: something else
+ *     hammer ROUNDS PATIENCE_MS signal|descriptor      0: every event arrived; 1: one was lost; 2: something else
  *
- * The sender counts each event before it sets it pending, and rings a doorbell where it is told to. The guest sleeps on
- * the doorbell alone; when it is handed a port it notes the count. After every burst the sender waits until all that was
- * counted was noted: an event that is pending while the guest sleeps and nobody will ring is lost, and is never noted. */
+ * The sender counts each event before it sets it pending, and signals where it is told to. The guest sleeps in its idle
+ * loop, for the signal or for descriptors (an eventfd stands for the signal's); when it is handed a port it notes the count.
+ * After every burst the sender waits until all that was counted was noted: an event that is pending while the guest sleeps
+ * and nobody will signal is lost, and is never noted. */
 #define _GNU_SOURCE
 #include <poll.h>
 #include <signal.h>
@@ -12,6 +13,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -33,7 +35,8 @@ static struct shared {
     _Atomic int over;
 } *sh;
 static struct evt_end to; /* the guest, as the hypervisor has it */
-static int doorbell;
+static int doorbell, by_signal;
+static pid_t child;
 static uint32_t seed;
 
 static uint32_t rnd(uint32_t n)
@@ -54,40 +57,40 @@ static void ring(void)
 {
     uint64_t one = 1;
 
-    if (write(doorbell, &one, sizeof one) != sizeof one)
+    if (by_signal)
+        kill(child, SIGUSR2);
+    else if (write(doorbell, &one, sizeof one) != sizeof one)
         _exit(2);
 }
 
 /* ---- the guest */
 
-static void drain(void)
+static void note(const uint32_t *ports, uint32_t n)
 {
-    uint32_t port[AT_ONCE];
-    int32_t n;
-
-    do {
-        n = upcall_drain(sh->page, port, AT_ONCE);
-        for (int32_t i = 0; i < n; i++)
-            sh->seen[port[i]] = sh->sent[port[i]];
-    } while (n == AT_ONCE);
+    for (uint32_t i = 0; i < n; i++)
+        sh->seen[ports[i]] = sh->sent[ports[i]];
 }
 
 static void guest(void)
 {
-    struct pollfd p = {doorbell, POLLIN, 0};
-    uint64_t rung;
+    int never[2];
+    struct wanted fds[2] = {{doorbell, POLLIN, 0}};
+    struct idle state = {.shared_info = sh->page, .fds = fds, .nr_fds = by_signal ? 1 : 2};
 
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (pipe(never))
+        _exit(3);
+    fds[1] = (struct wanted){never[0], POLLIN, 0};
+    upcall_mask(sh->page);
     while (!sh->over) {
-        if (poll(&p, 1, 50) != 1 || read(doorbell, &rung, sizeof rung) != sizeof rung)
-            continue;
-        drain();
-        if (rnd(4) == 0) { /* interrupts off, and on with the look that belongs to it */
-            upcall_mask(sh->page);
+        idle(&state, 1);
+        note(state.ports, state.nr_ports);
+        if (rnd(4) == 0) { /* awake for a while, and looking by itself */
+            uint32_t port[AT_ONCE];
+
             for (uint32_t i = rnd(300); i; i--)
                 __builtin_ia32_pause();
-            if (upcall_unmask(sh->page))
-                drain();
+            note(port, (uint32_t)upcall_drain(sh->page, port, AT_ONCE));
         }
         if (rnd(4) == 0) {
             uint32_t port = rnd(PORTS);
@@ -120,8 +123,12 @@ int main(int argc, char **argv)
 {
     long rounds = argc > 1 ? atol(argv[1]) : 1000, patience = argc > 2 ? atol(argv[2]) : 1000, round;
     int status, lost = 0;
-    pid_t child;
+    sigset_t upcall;
 
+    by_signal = argc > 3 && !strcmp(argv[3], "signal");
+    sigemptyset(&upcall);
+    sigaddset(&upcall, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &upcall, NULL);
     sh = mmap(NULL, sizeof *sh, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     to.shared_info = sh;
     doorbell = eventfd(0, EFD_NONBLOCK);

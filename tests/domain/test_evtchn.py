@@ -23,16 +23,16 @@ LOOK = "    if (!(atomic_load(&s->pending[port / 64]) & bit))\n        return 0;
 PAUSE = "for (int i = 0; i < 2000; i++) __builtin_ia32_pause();"
 
 
-def hammer(folder: Path, changes: Changes, rounds: int, patience_s: float) -> subprocess.CompletedProcess[str]:
+def hammer(folder: Path, changes: Changes, rounds: int, patience_s: float, by: str) -> subprocess.CompletedProcess[str]:
     program = compile_copies(folder / "hammer", [GUEST, HYPERVISOR, HAMMER], changes, ["-lrt"])
-    return subprocess.run(
-        [program, str(rounds), str(int(patience_s * 1000))], capture_output=True, text=True, timeout=3 * TIMEOUT, check=False
-    )
+    command = [program, str(rounds), str(int(patience_s * 1000)), by]
+    return subprocess.run(command, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False)
 
 
 @pytest.mark.timeout(4 * TIMEOUT)
-def test_no_event_is_lost(tmp_path: Path) -> None:
-    done = hammer(tmp_path, {}, ROUNDS, TIMEOUT)
+@pytest.mark.parametrize("by", ["signal", "descriptor"])
+def test_no_event_is_lost(tmp_path: Path, by: str) -> None:
+    done = hammer(tmp_path, {}, ROUNDS, TIMEOUT, by)
     assert (done.returncode, done.stdout) == (0, f"{ROUNDS} rounds\n"), done
 
 
@@ -51,6 +51,7 @@ DEFECTS: dict[str, Changes] = {
     "a drain clears the whole word": {
         GUEST: [("atomic_fetch_and(&s->pending[word], ~((uint64_t)1 << bit));", "atomic_store(&s->pending[word], 0);")]
     },
+    "a sleeper leaves upcalls masked": {GUEST: [("if (upcall_unmask(s))\n", "if (0)\n")]},
     "unmasking upcalls does not look": {GUEST: [("return atomic_load(&v->upcall_pending) != 0;", "return 0;")]},
     "unmasking a port does not look": {HYPERVISOR: [(LOOK, "    return 0;")]},
     "the upcall mask is read too early": {
@@ -71,7 +72,7 @@ DEFECTS: dict[str, Changes] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_seeded_defect_loses_one(tmp_path: Path, defect: str) -> None:
-    done = hammer(tmp_path, DEFECTS[defect], 1_000_000, 0.3)
+    done = hammer(tmp_path, DEFECTS[defect], 1_000_000, 0.3, "signal")
     assert done.returncode == 1 and "an event was lost" in done.stdout, done
 
 
