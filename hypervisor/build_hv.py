@@ -1,4 +1,4 @@
-"""Build `hypervisor._hv`; the declarations are read from hv.h."""
+"""Build `hypervisor._hv`; the declarations are read from hv.h and spin.h."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ROOT = HERE.parent
 SOURCES = ("callring", "clock", "evtchn", "frames", "grant", "machine", "mmu", "segments", "tables")
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "hv.h").read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
+for header in (ROOT / "ringlib" / "spin.h", HERE / "hv.h"):
+    ffibuilder.cdef(header.read_text().split("/* cdef begin */")[1].split("/* cdef end */")[0])
 ffibuilder.set_source(
     "hypervisor._hv",
     '#include "hv.h"',

@@ -21,6 +21,7 @@ struct answer {
     int64_t result;
 };
 _Static_assert(sizeof(struct entry) == 64 && offsetof(struct entry, words) == 16, "multicall_entry");
+_Static_assert(sizeof(struct ring_cpus) <= sizeof((struct ring_shared *)0)->pad, "the header's pad");
 _Static_assert(sizeof(struct ring_back) <= 64, "the room that callring has for it");
 
 static struct ring_back *ring_of(struct callring *c) { return (struct ring_back *)c->ring; }
@@ -55,26 +56,39 @@ static void run_sends(struct callring *c, struct evt_end **ends, uint16_t domid)
     }
 }
 
-static int32_t take(struct callring *c, uint32_t spins)
+static int pushed(const void *back)
+{
+    const struct ring_back *b = back;
+
+    return atomic_load_explicit(&b->sh->req_prod, memory_order_relaxed) != b->req_cons;
+}
+
+static uint32_t cpu_of_guest(struct callring *c)
+{
+    return atomic_load_explicit(&ring_cpus(ring_of(c)->sh)->front, memory_order_relaxed);
+}
+
+static int32_t take(struct callring *c, int64_t spin_ns)
 {
     struct ring_back *b = ring_of(c);
     int32_t n;
 
-    for (uint32_t s = 0; s < spins && atomic_load_explicit(&b->sh->req_prod, memory_order_acquire) == b->req_cons; s++)
-        __builtin_ia32_pause();
+    if (spin_ns && !pushed(b))
+        spin(&c->spin, cpu_of_guest(c), spin_ns, pushed, b);
     n = ring_back_take(b, c->entries, CALLRING_BATCH);
     c->taken = n > 0 ? (uint32_t)n : 0;
     c->next = c->answered = 0;
     return n;
 }
 
-/* Batches of event sends, as long as they keep coming within `spins` looks, at most `max` of them. Returns how many
+/* Batches of event sends, as long as they keep coming within `spin_ns`, at most `max` of them. Returns how many
  * entries of a batch are left, the first of which (`next`) is Python's; 0: none is, `taken` says whether the last look
  * found any, `signals` who must be signalled now; -EPROTO: the ring is broken. */
-int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, uint32_t spins, uint32_t max)
+int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, int64_t spin_ns, uint32_t max)
 {
     int32_t r;
 
+    atomic_store_explicit(&ring_cpus(ring_of(c)->sh)->back, spin_cpu(), memory_order_relaxed);
     for (uint32_t i = 0; i < max; i++) {
         if (c->next == c->taken) {
             if (c->answered && (r = ring_back_publish(ring_of(c), c->answers, c->answered)) < 0)
@@ -82,7 +96,7 @@ int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, 
             c->answered = 0;
             if (c->nr_signals)
                 return 0;
-            if ((r = take(c, spins)) <= 0)
+            if ((r = take(c, spin_ns)) <= 0)
                 return r;
         }
         run_sends(c, ends, domid);
@@ -94,17 +108,26 @@ int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, 
 
 int32_t callring_recheck(struct callring *c) { return ring_back_recheck(ring_of(c)); }
 
-/* Look at the producers of `count` rings, `spins` times round; the first that has work, or -1. */
-int32_t callring_spin(struct callring **rings, uint32_t count, uint32_t spins)
-{
-    for (uint32_t s = 0; s < spins; s++) {
-        for (uint32_t i = 0; i < count; i++) {
-            struct ring_back *b = ring_of(rings[i]);
+/* Whether to look at this ring for a while before we sleep, and not to be told of what its guest pushes. Once a wait. */
+int32_t callring_worth(struct callring *c, struct spin *spin) { return spin_worth(spin, cpu_of_guest(c)); }
 
-            if (atomic_load_explicit(&b->sh->req_prod, memory_order_acquire) != b->req_cons)
-                return (int32_t)i;
-        }
-        __builtin_ia32_pause();
-    }
-    return -1;
+struct rings {
+    struct callring **rings;
+    uint32_t count;
+};
+
+static int any_pushed(const void *of)
+{
+    const struct rings *r = of;
+
+    for (uint32_t i = 0; i < r->count; i++)
+        if (pushed(ring_of(r->rings[i])))
+            return (int)i + 1;
+    return 0;
+}
+
+/* Look at the producers of `count` rings; the first that has work, or -1. */
+int32_t callring_spin(struct callring **rings, uint32_t count, struct spin *spin)
+{
+    return spin_until(spin, SPIN_NS, any_pushed, &(struct rings){rings, count}) - 1;
 }

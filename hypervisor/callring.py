@@ -7,7 +7,6 @@ load, a doorbell two system calls and a wake-up.
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from types import GeneratorType
@@ -27,8 +26,7 @@ from hypervisor.public.types import PAGE_SIZE
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
-SPINS = 400  # looks round the busy rings, about 20 us: less than a sleep and a wake-up across CPUs cost
-MAX_SKIP = 256  # sleeps without a look, after looks that found nothing
+SPIN_NS: int = lib.SPIN_NS
 MAX_LOOKS = 64  # rings looked at together
 SEND = struct.pack("<QqQ", OP_EVENT_CHANNEL, 0, EvtchnSend.CMD)  # how an entry that is C's begins
 TURN = 64  # batches of 32 before everybody else has a turn
@@ -50,16 +48,13 @@ class BusyRings:
 
     def __init__(self) -> None:
         self.owed: dict[Domain, None] = {}
-        self._penalty = self._skip = 0
-        self._alone = len(os.sched_getaffinity(0)) < 2  # nobody can push while we look
+        self._spin: Any = ffi.new("struct spin *")
         self._pointers: Any = ffi.new("struct callring *[]", MAX_LOOKS)
 
     def stay_awake(self, domain: Domain) -> bool:
-        """True: it is owed a look, and its guest need not ring. Looks that found nothing make the next ones rarer."""
-        if self._alone or len(self.owed) >= MAX_LOOKS:
-            return False
-        if self._skip:
-            self._skip -= 1
+        """True: it is owed a look, and its guest need not ring. By the rule of spin.h: looks that found nothing make the next
+        ones rarer, and there is none for a guest on our own CPU."""
+        if len(self.owed) >= MAX_LOOKS or not lib.callring_worth(domain.callring.c, self._spin):
             return False
         self.owed[domain] = None
         return True
@@ -78,14 +73,10 @@ class BusyRings:
         ready = list(self.owed)
         for i, domain in enumerate(ready):
             self._pointers[i] = domain.callring.c
-        found = lib.callring_spin(self._pointers, len(ready), SPINS) if ready else -1
+        found = lib.callring_spin(self._pointers, len(ready), self._spin) if ready else -1
         if found >= 0:
-            self._penalty = 0
             del self.owed[ready[found]]
             return ready[found]
-        if ready:
-            self._penalty = min(2 * self._penalty or 1, MAX_SKIP)
-            self._skip = self._penalty
         while self.owed:
             domain, _ = self.owed.popitem()
             if lib.callring_recheck(domain.callring.c):
@@ -113,17 +104,17 @@ def kick(hv: Hypervisor, caller: Domain, call: abi.CallringKick) -> Steps:
     yield from drain(hv, caller, 0)
 
 
-def drain(hv: Hypervisor, caller: Domain, spins: int) -> Steps:
-    """Answer what is there and what comes within `spins` looks. For a doorbell that is 0: its guest waits for our reply,
+def drain(hv: Hypervisor, caller: Domain, spin_ns: int) -> Steps:
+    """Answer what is there and what comes within `spin_ns`. For a doorbell that is 0: its guest waits for our reply,
     and is owed a look afterwards."""
     ring: CallRing = caller.callring
     ring.draining = True
     begin = time.monotonic_ns()
     try:
         while caller.alive:
-            left = lib.callring_run(ring.c, hv.ends, caller.domid, spins, TURN)
+            left = lib.callring_run(ring.c, hv.ends, caller.domid, spin_ns, TURN)
             for i in range(ring.c.nr_signals):
-                evtchn.kick(hv.domains[ring.c.signals[i]])
+                evtchn.deliver(hv, ring.c.signals[i])
             ring.c.nr_signals = 0
             if left > 0:
                 yield from _run_others(hv, caller, ring)
@@ -132,7 +123,7 @@ def drain(hv: Hypervisor, caller: Domain, spins: int) -> Steps:
                 caller.fail("violated its hypercall ring: an index that cannot be")
             elif ring.c.taken:
                 yield budget.turn(hv, caller)
-            elif (not spins and hv.busy_rings.stay_awake(caller)) or not lib.callring_recheck(ring.c):
+            elif (not spin_ns and hv.busy_rings.stay_awake(caller)) or not lib.callring_recheck(ring.c):
                 return
     finally:
         ring.draining = False

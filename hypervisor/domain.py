@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hypervisor.grant import GrantMapping
 
 DOM0 = 0
+PACE = 1000  # signals a second that one end of a channel may cost the other, beyond EVT_BURST and those that are answered
 
 
 @dataclass
@@ -132,7 +133,8 @@ class Domain:
         self.traps: dict[int, Trap] = {}  # by vector
         self.writable_tables = False  # a store to one is a request to update it (vm_assist)
         # events
-        self.evt: Any = ffi.new("struct evt_end *")
+        trusted = self.privileged or bool(flags & CreateFlags.DRIVER)  # to talk to many, with whom others agreed
+        self.evt: Any = ffi.new("struct evt_end *", {"pace_ns": 0 if trusted else 1_000_000_000 // PACE})
         self.ports: dict[int, Any] = {}  # the open ones: port -> struct evt_port of `evt`
         self.virqs: dict[int, int] = {}
         self.timers: dict[str, Timer] = {}  # "once", "periodic", "virtual"

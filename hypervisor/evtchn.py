@@ -2,6 +2,9 @@
 
 A channel's two ends name each other; closing one leaves the other UNBOUND for the same domain. Delivery sets bits in the
 receiver's shared_info and signals only on the edge (evtchn.c); the hypervisor never reads anything else there.
+
+An end may cost the other PACE signals a second, and EVT_BURST more at once, unless the other answers: what is over that is
+held back until it is paid for. It is late then, together with whatever else comes meanwhile, and never lost.
 """
 
 from __future__ import annotations
@@ -43,6 +46,21 @@ def kick(domain: Domain) -> None:
         resume(None)
     if domain.launched and domain.process is not None:
         domain.process.signal(signal.SIGUSR2)
+
+
+def deliver(hv: Hypervisor, signal: int) -> None:
+    """What evtchn_send asked for: a signal now, or one at the time that stands in the receiver's `late`."""
+    domain = hv.domains[signal & ~lib.EVT_LATE]
+    if signal & lib.EVT_LATE:
+        hv.loop.at(domain.evt.late, lambda: release(domain))
+    else:
+        kick(domain)
+
+
+def release(domain: Domain) -> None:
+    """The signal that was held back, unless the domain has looked by itself."""
+    if domain.alive and lib.evtchn_release(domain.evt):
+        kick(domain)
 
 
 def poll_begins(domain: Domain, resume: Resume, ports: tuple[int, ...]) -> None:
@@ -167,7 +185,7 @@ def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
         raise Invalid(f"port {call.port} cannot send")
 
     if _signal[0] != NO_DOMAIN:
-        kick(hv.domains[_signal[0]])
+        deliver(hv, _signal[0])
 
 
 _signal = ffi.new("uint16_t *")  # who is to be signalled: the C kernel's second result

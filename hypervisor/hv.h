@@ -6,24 +6,33 @@
 
 #include <stdint.h>
 
+#include "spin.h"
+
 /* cdef begin */
 #define EVT_PORTS 1025  /* port 0 is never valid */
 #define CALLRING_BATCH 32
 #define GRANT_TABLE_FRAMES 8
 #define NO_DOMAIN 0xFFFF
+#define EVT_LATE 0x8000 /* beside a domid: its signal is held back until `late` */
+#define EVT_BURST 64    /* signals that one end of a channel may cost the other at once */
 
 struct evt_port {
     uint16_t state, remote_domid; /* hypervisor/public/evtchn.py, State */
     uint32_t remote_port, virq;
+    int64_t due; /* when its next signal is paid for, CLOCK_MONOTONIC */
 };
 struct evt_end { /* a domain as its event channels see it */
     struct evt_port ports[EVT_PORTS];
     void *shared_info;
     uint64_t sent, delivered, elided;
     uint32_t polling; /* it waits for ports, masked ones too: look at every event of it */
+    int64_t pace_ns;  /* between signals that it sends by one port; 0: as many as it likes */
+    int64_t late;     /* a signal to it is held back until then; 0: none is */
 };
 int32_t evtchn_notify(struct evt_end *to, uint32_t port);
 int32_t evtchn_send(struct evt_end **ends, uint16_t domid, uint32_t port, uint16_t *signal);
+int64_t evtchn_pace(struct evt_port *port, int64_t pace_ns, int64_t now);
+int32_t evtchn_release(struct evt_end *end);
 int32_t evtchn_unmask(struct evt_end *end, uint32_t port);
 void evtchn_clear(struct evt_end *end, uint32_t port);
 int32_t evtchn_is_pending(struct evt_end *end, uint32_t port);
@@ -129,12 +138,14 @@ struct callring {
     uint16_t signals[CALLRING_BATCH];
     uint64_t entries[CALLRING_BATCH][8]; /* the private copies: op, result, six words */
     uint64_t answers[CALLRING_BATCH][2]; /* op, result */
+    struct spin spin;
 };
 int32_t callring_attach(struct callring *c, void *page);
-int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, uint32_t spins, uint32_t max);
+int32_t callring_run(struct callring *c, struct evt_end **ends, uint16_t domid, int64_t spin_ns, uint32_t max);
 void callring_answer(struct callring *c, int64_t result);
 int32_t callring_recheck(struct callring *c);
-int32_t callring_spin(struct callring **rings, uint32_t count, uint32_t spins);
+int32_t callring_worth(struct callring *c, struct spin *spin);
+int32_t callring_spin(struct callring **rings, uint32_t count, struct spin *spin);
 
 struct clock_pair {
     uint64_t tsc, ns;

@@ -77,7 +77,7 @@ def look_at_rings(hv: Hypervisor) -> bool:
     domain = hv.busy_rings.look()
     if domain is None:
         return False
-    _run(hv, domain, callring.drain(hv, domain, callring.SPINS), lambda value, error: None, time.monotonic_ns())
+    _run(hv, domain, callring.drain(hv, domain, callring.SPIN_NS), lambda value, error: None, time.monotonic_ns())
     return True
 
 

@@ -302,13 +302,14 @@ RING1_AT(vcpu_time_info, tsc_shift, 28); RING1_AT(vcpu_time_info, flags, 29);
 struct vcpu_info {
     uint8_t evtchn_upcall_pending;         /* the hypervisor sets it, the kernel clears it */
     uint8_t evtchn_upcall_mask;            /* the kernel's; SCHEDOP_block clears it */
-    uint8_t pad[6];
+    uint8_t pad[2];
+    uint32_t hv_cpu;                       /* the host CPU, plus 1, from which it last set evtchn_upcall_pending: a hint */
     uint64_t evtchn_pending_sel;           /* a bit for each word of evtchn_pending */
     uint64_t cr2, arch_pad;                /* of the last page fault that was bounced: an offset from KERNEL_WINDOW */
     struct vcpu_time_info time;
 };
 RING1_SIZE(vcpu_info, 64); RING1_AT(vcpu_info, evtchn_upcall_pending, 0); RING1_AT(vcpu_info, evtchn_upcall_mask, 1);
-RING1_AT(vcpu_info, evtchn_pending_sel, 8);
+RING1_AT(vcpu_info, hv_cpu, 4); RING1_AT(vcpu_info, evtchn_pending_sel, 8);
 RING1_AT(vcpu_info, cr2, 16); RING1_AT(vcpu_info, arch_pad, 24); RING1_AT(vcpu_info, time, 32);
 
 struct shared_info {

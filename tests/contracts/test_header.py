@@ -14,7 +14,8 @@ import pytest
 
 from dom0 import store, storeserver
 from domain import xenbus
-from hypervisor import console, sched
+from hypervisor import console, domain, sched
+from hypervisor._hv import lib
 from hypervisor.gate import boot, monitor, policy
 from hypervisor.public import clock, domctl, errors, evtchn, grant, hypercall, layout, memory
 from hypervisor.public.domctl import CreateFlags
@@ -128,6 +129,8 @@ def limits() -> dict[str, int]:
         "bytes that the log keeps": console.LOG_BYTES,
         "bytes of private memory of a domain's process (RLIMIT_DATA), its brk heap among them": boot.HEAP_BYTES,
         "ports of one SCHEDOP_poll": sched.MAX_POLL,
+        "signals a second that one end of a channel may cost the other": domain.PACE,
+        "signals at once that one end of a channel may cost the other": lib.EVT_BURST,
         "seconds until a domain is ended whose monitor does not answer": int(monitor.ACK_SECONDS),
         "store: nodes owned by a domain": store.MAX_NODES,
         "store: watches of a domain": store.MAX_WATCHES,

@@ -107,8 +107,6 @@ def test_an_awake_hypervisor_asks_for_no_doorbell_and_owes_a_look(hv: StandIn) -
     front = ring_of(hv, domain)
     assert front.publish(packed(XenVersion())), "asleep at first: ring"
     run_task(callring.drain(hv, domain, 0), lambda value, error: None)
-    if hv.busy_rings._alone:
-        pytest.skip("one CPU: nobody can push while we look")
     assert domain in hv.busy_rings.owed and not front.publish(packed(XenVersion())), "it looks before it sleeps"
     assert hv.busy_rings.look() is domain
     run_task(callring.drain(hv, domain, 10), lambda value, error: None)
@@ -173,7 +171,8 @@ def by_ring(hv: StandIn, domain: Domain, calls: list[Hypercall[Any]]) -> list[in
 def test_every_call_has_one_result_by_every_way_in(domid: int) -> None:
     """All calls that fit in words, privileged ones too, by a caller that may and one that may not."""
     rng = random.Random(domid)
-    kinds = [kind for kind in ALL.values() if kind.LIMITS is not None and kind not in LEFT_OUT | FIGURES]
+    kinds = [ALL[key] for key in sorted(ALL)]  # whichever module was imported first
+    kinds = [kind for kind in kinds if kind.LIMITS is not None and kind not in LEFT_OUT | FIGURES]
     calls = [plausible(rng, kind) for kind in kinds * 12]
     rng.shuffle(calls)
     answers = []

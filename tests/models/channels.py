@@ -85,6 +85,8 @@ class Players:
 
     def __init__(self, hv: StandIn) -> None:
         self.hv, self.model, self.rng = hv, Model(hv), random.Random(8)
+        for domain in hv.domains.values():
+            domain.evt.pace_ns = 0  # the model has no clock
         self.moves: list[Callable[[int, int, int], None]] = [
             self.alloc, self.ipi, self.bind, self.send, self.send, self.send, self.send, self.close, self.mask, self.unmask,
             self.drain, self.deafen,
