@@ -193,5 +193,5 @@ DEFECTS: dict[str, Callable[[], Any]] = {
     ),
     "no acknowledgement": patch(Monitor, "run", run),
     "nothing is charged": patch(budget.Budget, "charge", lambda *_: 0),
-    "a patient deadline": patch(monitor, "ACK_SECONDS", 4.0),
+    "a patient deadline": patch(monitor, "ACK_NS", 4_000_000_000),
 }
