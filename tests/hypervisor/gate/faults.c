@@ -377,7 +377,7 @@ static const struct { const char *name; void (*run)(void); uint64_t from, bytes;
     {"steps", steps, 0, 0}, {"skips", skips, 0, 0}, {"loses-its-stack", loses_its_stack, 0, 0}, {"skips-relative", skips_relative, 0, 0},
     {"other-stores", other_stores, 0, 0}, {"skipped-read", skipped_read, 0, 0},
     {"lost-code", lost_code, 0, 0}, {"lost-half", lost_half, 0, 0},
-    {"sent", sent, 0, (uint64_t)1 << 47}, /* whoever sent it: pid and uid are an address of these windows */
+    {"sent", sent, 0, (uint64_t)1 << 63}, /* whoever sent it: pid and uid are an address of these windows */
     {"privileged-everywhere", privileged, 0, (uint64_t)1 << 47},
 };
 
