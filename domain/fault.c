@@ -75,6 +75,7 @@ __attribute__((used, noreturn)) void page_fault_ends(const struct frame *frame)
     hexadecimal(last_words.message + last_words.error_at, 2, frame->error);
     hexadecimal(last_words.message + last_words.rip_at, 16, frame->rip);
     hypercall_trap(last_words.request, last_words.reply, last_words.message, last_words.size, answer, sizeof answer);
+    hypercall_answer(last_words.reply, answer, sizeof answer); /* the first may be that of an event that was posted */
     __builtin_trap();
 }
 

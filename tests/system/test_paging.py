@@ -244,8 +244,10 @@ def test_a_space_gives_back_what_it_took(guest: Guest) -> None:
     guest.do("pages = kernel.memory.alloc(kernel.memory.nr_free); memory.write(pages.address, b'x' * 4096 * pages.nr)")
 
 
-def test_a_fault_outside_an_accessor_ends_the_kernel_with_a_reason(guest: Guest) -> None:
-    reason = guest.dies("memory.read(WINDOW + 0x2008, 1)")
+@pytest.mark.parametrize("before", ["", "kernel.evtchn.send(kernel.start.store_evtchn); "], ids=["", "answer to be taken"])
+def test_a_fault_outside_an_accessor_ends_the_kernel_with_a_reason(guest: Guest, before: str) -> None:
+    """Also while the answer to an event that was posted lies in the queue: it is not that to the last words."""
+    reason = guest.dies(before + "memory.read(WINDOW + 0x2008, 1)")
     assert reason.startswith("crash: page fault at guest address 0x0000000000002008, error code 0x04, at instruction 0x0000")
     assert reason.endswith(", outside an accessor")
 
