@@ -32,6 +32,7 @@ HASTY_NS = 1_000_000  # so long is a domain that did not wait taken for one that
 NEAR_NS = 10_000_000  # how long a look at where it runs is believed
 TURN_NS = 200_000  # of a list of things to do, before others have a turn
 WANTED_NS = 5_000_000  # somebody else who asked so long ago is still there
+MAX_ASKED = 64  # domains whose last asking is remembered
 
 
 class Budget:
@@ -59,21 +60,32 @@ class Budget:
 
 
 class Demand:
-    """Who asked last: whether anybody but a given domain wants the hypervisor."""
+    """Who asked lately, and at whose instance: whether anybody wants the hypervisor whom a given domain keeps from it.
+
+    Two domains that do nothing but wake each other have no claim against each other: each asks only because the other did.
+    Counted against each other they would both be parked, for something that costs no third one anything.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[object, int] = (None, 0)
-        self._before: tuple[object, int] = (None, 0)
+        self._asked: dict[Domain, tuple[int, Domain | None]] = {}  # when, and whose event woke it; the latest comes last
 
-    def asked(self, domain: object, now: int) -> None:
-        if self._last[0] is not domain:
-            self._before = self._last
-        self._last = (domain, now)
+    def asked(self, domain: Domain, now: int) -> None:
+        asked = self._asked
+        asked.pop(domain, None)
+        asked[domain] = now, domain.woken_by
+        domain.woken_by = None
+        if len(asked) > MAX_ASKED:
+            del asked[next(iter(asked))]
 
-    def others(self, domain: object) -> bool:
-        """Somebody else asked within WANTED_NS."""
-        _, when = self._before if self._last[0] is domain else self._last
-        return time.monotonic_ns() - when < WANTED_NS
+    def others(self, domain: Domain) -> bool:
+        """Somebody else asked within WANTED_NS, and not because an event of the domain's had woken it."""
+        since = time.monotonic_ns() - WANTED_NS
+        for other, (when, woken_by) in reversed(self._asked.items()):
+            if when <= since:
+                return False
+            if other is not domain and woken_by is not domain:
+                return True
+        return False
 
 
 def charged(hv: Hypervisor, caller: Domain, steps: Steps, begin: int) -> Steps:

@@ -114,7 +114,7 @@ def drain(hv: Hypervisor, caller: Domain, spin_ns: int) -> Steps:
         while caller.alive:
             left = lib.callring_run(ring.c, hv.ends, caller.domid, spin_ns, TURN)
             for i in range(ring.c.nr_signals):
-                evtchn.deliver(hv, ring.c.signals[i])
+                evtchn.deliver(hv, caller, ring.c.signals[i])
             ring.c.nr_signals = 0
             if left > 0:
                 yield from _run_others(hv, caller, ring)

@@ -125,6 +125,7 @@ class Domain:
         self.held_up: list[Resume] = []  # what of it goes on when it is not parked any more
         self.watched = False  # the loop watches its queue
         self.budget = Budget(self._is_near)
+        self.woken_by: Domain | None = None  # whose event it was signalled for, until it asks for something
         self.callring: Any = None
         # page faults
         self.fault_socket: socket.socket | None = None  # the hypervisor's end of FD_FAULT

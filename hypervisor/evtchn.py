@@ -48,9 +48,10 @@ def kick(domain: Domain) -> None:
         domain.process.signal(signal.SIGUSR2)
 
 
-def deliver(hv: Hypervisor, signal: int) -> None:
-    """What evtchn_send asked for: a signal now, or one at the time that stands in the receiver's `late`."""
+def deliver(hv: Hypervisor, sender: Domain, signal: int) -> None:
+    """What evtchn_send of `sender` asked for: a signal now, or one at the time that stands in the receiver's `late`."""
     domain = hv.domains[signal & ~lib.EVT_LATE]
+    domain.woken_by = sender
     if signal & lib.EVT_LATE:
         hv.loop.at(domain.evt.late, lambda: release(domain))
     else:
@@ -185,7 +186,7 @@ def send(hv: Hypervisor, caller: Domain, call: abi.EvtchnSend) -> None:
         raise Invalid(f"port {call.port} cannot send")
 
     if _signal[0] != NO_DOMAIN:
-        deliver(hv, _signal[0])
+        deliver(hv, caller, _signal[0])
 
 
 _signal = ffi.new("uint16_t *")  # who is to be signalled: the C kernel's second result

@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 
 from hypervisor import budget
-from hypervisor.budget import BURST_NS, FREE_NS, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand
+from hypervisor.budget import BURST_NS, FREE_NS, MAX_ASKED, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps, run_task
+from hypervisor.public.domctl import CreateFlags
 from tests.models.stand_in import StandIn
 
 CALL = 5_000  # ns of a short call
@@ -73,17 +74,47 @@ def test_without_the_charge_for_haste_a_flooder_is_free(monkeypatch: pytest.Monk
         test_who_does_not_wait_for_answers_is_charged()
 
 
-def test_somebody_else_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def three() -> tuple[Domain, Domain, Domain]:
+    a, b, c = (Domain(i, f"dom{i}", CreateFlags.NONE) for i in range(3))
+    return a, b, c
+
+
+def test_somebody_else_wants_it(monkeypatch: pytest.MonkeyPatch, three: tuple[Domain, Domain, Domain]) -> None:
+    a, b, _ = three
     demand, now = Demand(), 10**9
     monkeypatch.setattr(time, "monotonic_ns", lambda: now)
-    demand.asked("a", now)
-    assert not demand.others("a") and demand.others("b")
-    demand.asked("b", now)
-    demand.asked("a", now)
-    demand.asked("a", now)
-    assert demand.others("a"), "b asked before"
+    demand.asked(a, now)
+    assert not demand.others(a) and demand.others(b)
+    demand.asked(b, now)
+    demand.asked(a, now)
+    demand.asked(a, now)
+    assert demand.others(a), "b asked before"
     now += WANTED_NS
-    assert not demand.others("a") and not demand.others("b"), "nobody has for a while"
+    assert not demand.others(a) and not demand.others(b), "nobody has for a while"
+
+
+def test_who_was_woken_by_an_event_of_its_has_no_claim_against_it(three: tuple[Domain, Domain, Domain]) -> None:
+    a, b, c = three
+    demand, now = Demand(), time.monotonic_ns()
+    for _ in range(3):
+        for one, other in ((a, b), (b, a)):
+            one.woken_by = other
+            demand.asked(one, now)
+    assert not demand.others(a) and not demand.others(b), "each asked because the other did"
+    assert demand.others(c)
+    demand.asked(c, now)
+    assert demand.others(a) and demand.others(b), "a third one has a claim"
+    demand.asked(b, now)
+    assert demand.others(a), "an event excuses the first thing that is asked for"
+
+
+def test_it_remembers_no_more_than_it_must(three: tuple[Domain, Domain, Domain]) -> None:
+    demand, now = Demand(), time.monotonic_ns()
+    many = [Domain(i, f"dom{i}", CreateFlags.NONE) for i in range(2 * MAX_ASKED)]
+    for domain in many:
+        demand.asked(domain, now)
+    assert len(demand._asked) == MAX_ASKED and demand.others(many[-1])
 
 
 # ---- a call under way
