@@ -49,14 +49,23 @@ class Budget:
         """A call ran from `begin` to `end`; returns how long the domain has to refill, 0 if it has not overdrawn."""
         if begin - self._answered < HASTE_NS:
             self._hasty = end
+        self._answered = end
         if end - self._looked >= NEAR_NS:
             self._near, self._looked = self._is_near(), end
-        free = FREE_NS if self._near and end - self._hasty >= HASTY_NS else 0
-        self._answered = end
-        tokens = min(BURST_NS, self._tokens + int((end - self._stamp) * SHARE))
-        tokens -= max(0, end - begin + OVERHEAD_NS - free)
-        self._tokens, self._stamp = max(tokens, -BURST_NS), end
-        return int(-self._tokens / SHARE) if tokens < 0 else 0
+        cost = end - begin + OVERHEAD_NS
+        if self._near and end - self._hasty >= HASTY_NS:
+            cost -= FREE_NS
+            if cost <= 0 <= self._tokens:
+                return 0  # nearly every call; what was refilled meanwhile is counted when there is something to pay
+        tokens = self._tokens + int((end - self._stamp) * SHARE)
+        if tokens > BURST_NS:
+            tokens = BURST_NS
+        if cost > 0:
+            tokens -= cost
+        if tokens < -BURST_NS:
+            tokens = -BURST_NS
+        self._tokens, self._stamp = tokens, end
+        return int(-tokens / SHARE) if tokens < 0 else 0
 
 
 class Demand:
@@ -68,14 +77,16 @@ class Demand:
 
     def __init__(self) -> None:
         self._asked: dict[Domain, tuple[int, Domain | None]] = {}  # when, and whose event woke it; the latest comes last
+        self._last: Domain | None = None
 
     def asked(self, domain: Domain, now: int) -> None:
-        asked = self._asked
-        asked.pop(domain, None)
-        asked[domain] = now, domain.woken_by
+        if self._last is not domain:
+            self._asked.pop(domain, None)  # to the end of the row
+            self._last = domain
+        self._asked[domain] = now, domain.woken_by
         domain.woken_by = None
-        if len(asked) > MAX_ASKED:
-            del asked[next(iter(asked))]
+        if len(self._asked) > MAX_ASKED:
+            del self._asked[next(iter(self._asked))]
 
     def others(self, domain: Domain) -> bool:
         """Somebody else asked within WANTED_NS, and not because an event of the domain's had woken it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import struct
-from array import array
 from collections.abc import Callable, Iterable
 from operator import gt
 from types import GeneratorType, ModuleType
@@ -112,7 +111,7 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
         raise TooBig(f"{request.count} entries, at most {MAX_BATCH}")
     entries = memoryview(guest_access.copy_in(hv, caller, request.address, request.count * ENTRY.size))
 
-    results = array("q")
+    results = list[int]()
     while left := entries[len(results) * ENTRY.size :]:
         wanted = hv.demand.others(caller)
         yield from _run_entries(hv, caller, left[: TURN if wanted else LONG_TURN], results)
@@ -121,7 +120,8 @@ def multicall(hv: Hypervisor, caller: Domain, request: Multicall) -> Steps:
         if not caller.alive:
             return
     answered = bytearray(entries)
-    memoryview(answered).cast("q")[1::8] = memoryview(results)  # an entry is eight words, the second is its result
+    words = memoryview(_words(len(results)).pack(*results))
+    memoryview(answered).cast("q")[1::8] = words.cast("q")  # an entry is eight words, the second is its result
     guest_access.copy_out(hv, caller, request.address, answered)
 
 
@@ -131,12 +131,18 @@ def _split(count: int) -> struct.Struct:
     return struct.Struct("64s" * count)
 
 
-def _run_entries(hv: Hypervisor, caller: Domain, entries: memoryview, results: array[int]) -> Steps:
-    """Each as run_entry has it, with what that costs a call taken out of the loop."""
-    add, known = results.append, hv.known[caller.privileged].get
-    for entry in _split(len(entries) // ENTRY.size).unpack(entries):
+@functools.cache
+def _words(count: int) -> struct.Struct:
+    """`count` results."""
+    return struct.Struct(f"{count}q")
+
+
+def _run_entries(hv: Hypervisor, caller: Domain, entries: memoryview, results: list[int]) -> Steps:
+    """Each as run_entry has it, with what that costs a call taken out of the loop; `map` looks up in half the time."""
+    add, first, split = results.append, len(results), _split(len(entries) // ENTRY.size).unpack(entries)
+    for known in map(hv.known[caller.privileged].get, split):
         try:
-            handler, call = known(entry) or _decode_entry(hv, caller, entry)
+            handler, call = known or _decode_entry(hv, caller, split[len(results) - first])
             outcome = handler(hv, caller, call)
             if type(outcome) is int:
                 add(outcome)
