@@ -58,12 +58,10 @@ class Budget:
             if cost <= 0 <= self._tokens:
                 return 0  # nearly every call; what was refilled meanwhile is counted when there is something to pay
         tokens = self._tokens + int((end - self._stamp) * SHARE)
-        if tokens > BURST_NS:
-            tokens = BURST_NS
+        tokens = min(tokens, BURST_NS)
         if cost > 0:
             tokens -= cost
-        if tokens < -BURST_NS:
-            tokens = -BURST_NS
+        tokens = max(tokens, -BURST_NS)
         self._tokens, self._stamp = tokens, end
         return int(-tokens / SHARE) if tokens < 0 else 0
 

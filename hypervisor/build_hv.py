@@ -10,7 +10,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-SOURCES = ("callring", "clock", "evtchn", "frames", "grant", "machine", "mmu", "segments", "tables")
+SOURCES = ("callring", "clock", "evtchn", "frames", "grant", "guest_access", "machine", "mmu", "segments", "tables")
 
 ffibuilder = FFI()
 for header in (ROOT / "ringlib" / "spin.h", HERE / "hv.h"):

@@ -119,6 +119,8 @@ int64_t mmu_offset(struct mmu *m, uint32_t table);
 uint32_t mmu_next(struct mmu *m, uint32_t table, uint32_t slot);
 uint64_t mmu_entry(struct mmu *m, uint32_t table, uint32_t slot);
 void mmu_store(struct mmu *m, uint32_t table, uint32_t slot, uint64_t value);
+int32_t guest_read(struct mmu *m, uint32_t root, uint64_t va, uint32_t size, void *out);
+int32_t guest_write(struct mmu *m, uint32_t root, uint64_t va, uint32_t size, const void *data);
 int32_t descriptor_is_safe(uint64_t descriptor);
 
 struct gnt_domain { /* a domain as grants see it */
