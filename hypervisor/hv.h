@@ -100,6 +100,7 @@ struct mmu_job {
     uint32_t count, next;
     uint32_t unsettled; /* host mappings may exist that no bit speaks of: they are being taken away */
     uint32_t nr_changes, nr_drops;
+    uint32_t room; /* changes before a JOB_FLUSH, at most JOB_REQUESTS */
     struct host_change changes[JOB_REQUESTS];
     uint64_t drops[JOB_REQUESTS]; /* L1 entries whose references fall once the host mappings have followed */
     uint16_t domid;

@@ -204,7 +204,7 @@ int32_t mmu_update(struct mmu *m, struct mmu_job *job)
     struct place place = {.l1 = NO_MFN};
 
     for (; job->next < job->count; job->next++) {
-        int32_t r = job->nr_changes == JOB_REQUESTS || job->nr_drops == JOB_REQUESTS
+        int32_t r = job->nr_changes >= job->room || job->nr_drops == JOB_REQUESTS
                         ? JOB_FLUSH
                         : update_one(m, job, &place, job->requests[job->next][0], job->requests[job->next][1]);
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 SLOTS = abi.ENTRIES - 1
+FEW_CHANGES = 32  # of host mappings in a step while others want something
 AD = int(Pte.A | Pte.D)
 PIN_LEVELS = {MmuextCommand.PIN_L1: PageType.L1, MmuextCommand.PIN_L2: PageType.L2, MmuextCommand.PIN_L3: PageType.L3}
 
@@ -88,6 +89,7 @@ def _run_job(hv: Hypervisor, domain: Domain, job: Any) -> Steps:
     begin = time.monotonic_ns()
     while error is None:
         job.unsettled = domain.monitor is not None and domain.monitor.busy
+        job.room = FEW_CHANGES if hv.demand.others(domain) else lib.JOB_REQUESTS
         status = lib.mmu_update(hv.frames.mmu, job)
         if status == 0:
             break

@@ -42,7 +42,7 @@ class Space:
         self.current = 0
         self.switches = 0
         self.changes = 0  # see TLB_CHANGES
-        self.job: Any = ffi.new("struct mmu_job *")
+        self.job: Any = ffi.new("struct mmu_job *", {"room": lib.JOB_REQUESTS})
         self.fills: Any = ffi.new("struct host_change[]", FILL_CHANGES)  # of one fault, until they are asked for
         self.walk: Any = ffi.new("struct table_walk *")
 

@@ -103,7 +103,7 @@ class Bench:
         self.write(self.l2, [entry(self.l1, UPPER)])
         self.write(self.root, [0, entry(self.l2, UPPER)])
         self.walker: Any = ffi.new("struct table_walk *")
-        self.job: Any = ffi.new("struct mmu_job *")
+        self.job: Any = ffi.new("struct mmu_job *", {"room": lib.JOB_REQUESTS})
         self.requests = [(self.l1 << PAGE_SHIFT | 8 * i, value) for i, value in enumerate(self.values[::-1])]
 
     def write(self, mfn: int, values: list[int]) -> None:

@@ -29,8 +29,8 @@ def late(core: Core, seed: int, steps: int) -> None:
 
 
 def late_core(defect: str | None = None, folder: Path | None = None) -> Core:
-    """Others have a turn after every table."""
-    return load(DEFECTS[defect] if defect else None, folder, tables_a_turn=1, tlb_changes=LATE_CHANGES)
+    """Others have a turn after every table, and after every other host mapping."""
+    return load(DEFECTS[defect] if defect else None, folder, tables_a_turn=1, tlb_changes=LATE_CHANGES, few_changes=2)
 
 
 @pytest.mark.timeout(300)

@@ -39,8 +39,9 @@ class Core(NamedTuple):
 
 
 def load(
-    changes: Changes | None = None, folder: Path | None = None, tables_a_turn: int = 64, tlb_changes: int = 24_000
-) -> Core:
+    changes: Changes | None = None, folder: Path | None = None, tables_a_turn: int = 64, tlb_changes: int = 24_000,
+    few_changes: int = 32,
+) -> Core:  # fmt: skip
     """Copies of the modules, changed as told ("hypervisor/mmu.c" -> pairs), with few windows."""
     changes = changes or {}
     in_c = {path: pairs for path, pairs in changes.items() if path.endswith(".c")}
@@ -61,6 +62,7 @@ def load(
     mmu.budget = space.budget = types.SimpleNamespace(turn=_turn, take_turns=_take_turns)  # type: ignore[attr-defined]
     space.NR_WINDOWS = NR_WINDOWS  # type: ignore[attr-defined]
     space.TABLES_A_TURN = tables_a_turn  # type: ignore[attr-defined]
+    mmu.FEW_CHANGES = few_changes  # type: ignore[attr-defined]
     space.TLB_CHANGES = tlb_changes  # type: ignore[attr-defined]
     return Core(ffi, lib, frames, space, mmu)
 

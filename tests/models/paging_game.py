@@ -38,7 +38,7 @@ class Game:
         self.words = memoryview(self.memory).cast("B").cast("Q")
         self.turns = Turns(at_once)
         machine = SimpleNamespace(scrub=self._scrub, copy=self._copy)
-        demand = SimpleNamespace(others=lambda domain: False)
+        demand = SimpleNamespace(others=lambda domain: not at_once)
         self.hv: Any = SimpleNamespace(frames=self.frames, loop=self.turns, machine=machine, demand=demand)
         self.model = Model(nr_frames, NR_WINDOWS)
         self._rows = bytearray(self.rows)  # as they should be
