@@ -98,9 +98,11 @@ class FrameTable:
         size = 1 << order
         if size < CHUNK:
             while True:
-                for chunk in self._open:
-                    got = self._take(chunk, size, size)
+                for i in range(len(self._open)):
+                    at = (self._next + i) % len(self._open)  # where the last one was found: what was full before still is
+                    got = self._take(self._open[at], size, size)
                     if got:
+                        self._next = at
                         self._own(got, domid)
                         return got
                 if not self._open_more():

@@ -7,6 +7,7 @@ a monitor. It is scrubbed before anybody else can have it.
 from __future__ import annotations
 
 import struct
+import time
 from array import array
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from hypervisor.public.types import INVALID_PFN, MAX_BATCH
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
-TURN_FRAMES = 1024  # scrubbed, or handed out, before others have a turn: 4 MiB
+CALL_FRAMES = 1024  # handed out in one call
 
 
 @hypercall(abi.CurrentReservation)
@@ -72,7 +73,7 @@ def _leaving(hv: Hypervisor, caller: Domain, first: int, order: int) -> range | 
 
 @hypercall(abi.DecreaseReservation)
 def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReservation) -> Steps:
-    done = 0
+    done, begin = 0, time.monotonic_ns()
     for first in _extents(hv, caller, call.address, call.count, call.order):
         extent = _leaving(hv, caller, first, call.order)
         if extent is None:
@@ -80,10 +81,9 @@ def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReser
         for mfn in extent:
             discard(hv, mfn)
         done += 1
-        if (done << call.order) % TURN_FRAMES == 0:
-            yield budget.turn(hv, caller)
-            if not caller.alive:
-                break
+        begin = yield from budget.take_turns(hv, caller, begin)
+        if not caller.alive:
+            break
     return done
 
 
@@ -92,7 +92,7 @@ def decrease_reservation(hv: Hypervisor, caller: Domain, call: abi.DecreaseReser
 
 def _allocate(hv: Hypervisor, domain: Domain, count: int, order: int) -> list[int]:
     """The first frames of at most `count` extents: what the maximum and the machine allow. Zeroed since they were freed."""
-    count = min(count, max(1, TURN_FRAMES >> order), max(0, domain.max_frames - hv.frames.owned[domain.domid]) >> order)
+    count = min(count, max(1, CALL_FRAMES >> order), max(0, domain.max_frames - hv.frames.owned[domain.domid]) >> order)
     if order == 0:
         return hv.frames.allocate(domain.domid, min(count, hv.frames.nr_free))
     got = list[int]()
@@ -150,7 +150,9 @@ def exchange(hv: Hypervisor, caller: Domain, call: abi.Exchange) -> int:
         raise Invalid("an extent that cannot leave, or one named twice")
     got = list[int]()
     try:
-        for _ in pfns:
+        if call.out_order == 0:
+            got = hv.frames.allocate(caller.domid, call.out_count)
+        while len(got) < call.out_count:
             got.append(hv.frames.allocate_extent(caller.domid, call.out_order)[0])
         guest_access.copy_out(hv, caller, call.out_address, array("Q", got).tobytes())
     except Exception:

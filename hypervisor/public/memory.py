@@ -13,7 +13,7 @@ from hypervisor.public.hypercall import OP_MEMORY, Hypercall
 from hypervisor.public.types import U16, U32, U64
 
 MAX_ORDER = 9  # 2 MiB
-MAX_EXCHANGE = 1024  # frames: an exchange is made at once, while all others wait
+MAX_EXCHANGE = 512  # frames: an exchange is made at once, while all others wait some 2 ms
 
 
 class IncreaseReservation(Hypercall[int]):

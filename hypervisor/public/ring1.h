@@ -62,7 +62,7 @@
 #define RING1_NAME_BYTES 32
 #define RING1_CONSOLE_BYTES 200
 #define RING1_MAX_ORDER 9
-#define RING1_MAX_EXCHANGE 1024
+#define RING1_MAX_EXCHANGE 512
 #define RING1_MAX_TRAPS 256
 #define RING1_MIN_PERIOD_NS 1000000
 #define RING1_TIME_STABLE 1                /* vcpu_time_info.flags: the record holds on every CPU */

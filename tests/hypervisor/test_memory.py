@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hypervisor import memory
+from hypervisor import budget, memory
 from hypervisor._hv import lib
 from hypervisor.domain import Domain
 from hypervisor.frames import NO_OWNER, FrameTable
@@ -273,7 +273,7 @@ def test_an_extent_goes_whole_or_not_at_all(hv: StandIn) -> None:
 
 
 def test_a_domain_that_dies_in_the_middle_of_many_loses_nothing(hv: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TURN_FRAMES", 1)
+    monkeypatch.setattr(budget, "TURN_NS", 0)
     domain, free, owned = hv.domains[1], hv.frames.nr_free, hv.frames.owned[1]
     hv.hide(domain, DATA, DATA + 1)
     hv.write(domain, words(*domain.mfn_list[DATA : DATA + 2]))
@@ -398,8 +398,8 @@ def test_exchanges_that_change_nothing(hv: StandIn) -> None:
     with pytest.raises(TooBig):
         hv.done(domain, Exchange(SCRATCH, MAX_BATCH + 1, 0, SCRATCH, 1, 0))
     with pytest.raises(TooBig):  # while it is made, nobody else is served
-        hv.done(domain, Exchange(SCRATCH, 3, MAX_ORDER, SCRATCH, 3, MAX_ORDER))
-    assert 2 << MAX_ORDER == MAX_EXCHANGE
+        hv.done(domain, Exchange(SCRATCH, 2, MAX_ORDER, SCRATCH, 2, MAX_ORDER))
+    assert 1 << MAX_ORDER == MAX_EXCHANGE
     assert (owners(hv), names(hv, range(NR_FRAMES))) == (before, told)
     hv.frames.allocate(77, hv.frames.nr_free - 1)
     before = owners(hv)
