@@ -26,7 +26,7 @@ from hypervisor.loop import Resume, Steps, Wait
 from hypervisor.public.layout import SPACE_BYTES
 from tests.models.mutant import library
 
-SOURCES = [f"hypervisor/{name}.c" for name in ("frames", "tables", "mmu", "segments", "grant")]
+SOURCES = [f"hypervisor/{name}.c" for name in ("frames", "tables", "mmu", "segments", "grant", "guest_access")]
 TABLES_H = '#include "tables.h"\n'
 IN_C = {
     "entries are not counted": 1,  # as writable ones

@@ -40,7 +40,8 @@ static void decrease(void)
 
 static void exchange(void)
 {
-    uint64_t *p = spare(0), *t = table(1, 1), gone[1] = {mfn_of(p)}, come[1] = {7};
+    uint64_t *p = spare(0), *t = table(1, 1), gone[1] = {mfn_of(p)};
+    uint64_t come[1] = {0x7ffffff}; /* a pfn, and no mfn of ours by chance: it may stay here */
 
     note(try_store(p, STORED));
     note(CALL(__HYPERVISOR_memory_op, EXCHANGE, VIRT(gone), 1, 0, VIRT(come), 1, 0));
