@@ -13,6 +13,7 @@ Hypercalls and page faults are charged alike: `charge` and `charged` are what th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ HASTY_NS = 1_000_000  # so long is a domain that did not wait taken for one that
 NEAR_NS = 10_000_000  # how long a look at where it runs is believed
 TURN_NS = 200_000  # of a list of things to do, before others have a turn
 WANTED_NS = 5_000_000  # somebody else who asked so long ago is still there
+GAP_NS = 100_000  # between two that had overdrawn and may ask again
 MAX_ASKED = 64  # domains whose last asking is remembered
 
 
@@ -125,7 +127,7 @@ def charge(hv: Hypervisor, caller: Domain, begin: int) -> None:
         return
     if hv.demand.others(caller):
         caller.parked = True
-        hv.loop.at(end + wait_ns, lambda: _unpark(hv, caller))
+        hv.loop.at(end + wait_ns, lambda: hv.gate.due(hv, caller))
         hv.listen(caller)
 
 
@@ -148,6 +150,31 @@ def take_turns(hv: Hypervisor, caller: Domain, begin: int) -> Steps:
         return begin
     yield turn(hv, caller)
     return time.monotonic_ns()
+
+
+class Gate:
+    """Lets in whoever has refilled, GAP_NS apart: all that have overdrawn together hit a call of another one once, not each."""
+
+    def __init__(self) -> None:
+        self._due: deque[Domain] = deque()
+        self._open_ns = 0
+
+    def due(self, hv: Hypervisor, caller: Domain) -> None:
+        self._due.append(caller)
+        if len(self._due) == 1:
+            self._wait(hv)
+
+    def _wait(self, hv: Hypervisor) -> None:
+        if self._open_ns <= time.monotonic_ns():
+            self._let_in(hv)
+        else:
+            hv.loop.at(self._open_ns, lambda: self._let_in(hv))
+
+    def _let_in(self, hv: Hypervisor) -> None:
+        self._open_ns = time.monotonic_ns() + GAP_NS
+        _unpark(hv, self._due.popleft())
+        if self._due:
+            self._wait(hv)
 
 
 def _unpark(hv: Hypervisor, caller: Domain) -> None:

@@ -31,7 +31,7 @@ from hypervisor import (
     version,
 )  # fmt: skip
 from hypervisor._hv import ffi
-from hypervisor.budget import Demand
+from hypervisor.budget import Demand, Gate
 from hypervisor.callring import BusyRings
 from hypervisor.domain import DOM0, Domain
 from hypervisor.frames import FrameTable
@@ -98,7 +98,7 @@ class Hypervisor:
         """Of calls and of domains, all empty."""
         self.table = dispatch.table(MODULES)
         self.known: tuple[dict[bytes, Any], dict[bytes, Any]] = {}, {}  # list entries decoded before; the second is dom0's
-        self.demand, self.busy_rings = Demand(), BusyRings()
+        self.demand, self.gate, self.busy_rings = Demand(), Gate(), BusyRings()
         self.domains: dict[int, Domain] = {}
         self.ends: Any = ffi.new("struct evt_end *[]", DOMID_FIRST_RESERVED)  # by domid, as the C kernels see domains
         self.gnts: Any = ffi.new("struct gnt_domain *[]", DOMID_FIRST_RESERVED)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from hypervisor import budget
-from hypervisor.budget import BURST_NS, FREE_NS, MAX_ASKED, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand
+from hypervisor.budget import BURST_NS, FREE_NS, GAP_NS, MAX_ASKED, OVERHEAD_NS, SHARE, WANTED_NS, Budget, Demand, Gate
 from hypervisor.domain import Domain
 from hypervisor.loop import Steps, run_task
 from hypervisor.public.domctl import CreateFlags
@@ -147,6 +147,31 @@ def test_who_is_parked_stops_where_it_gives_a_turn_and_goes_on_afterwards() -> N
         budget._unpark(hv, domain)
         hv.settle()
         assert len(went_on) > stopped and not domain.held_up
+    finally:
+        hv.close()
+
+
+def test_those_who_have_refilled_are_let_in_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hv = StandIn(nr_domains=4)
+    now, timers, gate = 10**9, list[tuple[int, Any]](), Gate()
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    monkeypatch.setattr(hv.loop, "at", lambda when, call: timers.append((when, call)))
+    waiting = [hv.domains[i] for i in (1, 2, 3)]
+    try:
+        for domain in waiting:
+            domain.parked = True
+            gate.due(hv, domain)
+        for i in (1, 2):
+            assert [domain.parked for domain in waiting] == [n >= i for n in range(3)]
+            ((now, let_in),) = timers
+            assert now == 10**9 + i * GAP_NS
+            timers.clear()
+            let_in()
+        assert not timers and not waiting[2].parked
+        now += GAP_NS
+        waiting[0].parked = True
+        gate.due(hv, waiting[0])
+        assert not waiting[0].parked, "nobody was let in lately"
     finally:
         hv.close()
 

@@ -14,7 +14,7 @@ import pytest
 
 from hypervisor import fault
 from hypervisor._hv import ffi
-from hypervisor.budget import Demand
+from hypervisor.budget import Demand, Gate
 from hypervisor.callring import BusyRings
 from hypervisor.core import Hypervisor
 from hypervisor.domain import Domain, Trap
@@ -80,7 +80,7 @@ class Bench(Hypervisor):
 
     def __init__(self, tables: Tables) -> None:
         self.loop, self.tables = BusyLoop(), tables
-        self.demand, self.busy_rings = Demand(), BusyRings()
+        self.demand, self.gate, self.busy_rings = Demand(), Gate(), BusyRings()
         self.ends: list[str] = []
         self.domain = Domain(1, "dom1", CreateFlags.NONE)
         self.domain.fail = self.ends.append

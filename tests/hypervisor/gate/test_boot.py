@@ -22,7 +22,7 @@ import posix_ipc
 import pytest
 
 from hypervisor import fault, zygote
-from hypervisor.budget import Demand
+from hypervisor.budget import Demand, Gate
 from hypervisor.callring import BusyRings
 from hypervisor.core import Hypervisor
 from hypervisor.domain import Domain, Trap
@@ -75,7 +75,7 @@ class Machine(Hypervisor):
     loop: BusyLoop
 
     def __init__(self, code: bytes) -> None:
-        self.loop, self.demand, self.busy_rings = BusyLoop(), Demand(), BusyRings()
+        self.loop, self.demand, self.gate, self.busy_rings = BusyLoop(), Demand(), Gate(), BusyRings()
         self.machine, self.m2p = MachineMemory(FRAMES, f"/ring1-test-{secrets.token_hex(8)}"), M2P(FRAMES)
         self.pages = {virt(pfn): (pfn, PROT_READ | PROT_WRITE) for pfn in range(FRAMES)}
         self.pages[virt(CODE_PFN)] = CODE_PFN, PROT_READ | PROT_EXEC
