@@ -333,6 +333,60 @@ def mem_max(domain: Domain, size: Size, as_json: Json = False) -> None:
     show(facts, as_json, lambda: None)
 
 
+@app.command()
+@command
+def sched(
+    domain: Annotated[str, typer.Argument(metavar="[DOMAIN]", autocompletion=domain_names)] = "",
+    weight: Annotated[int | None, typer.Option("--weight", "-w", help="beside those of the others; 256 at start")] = None,
+    cap: Annotated[int | None, typer.Option("--cap", "-c", help="percent of one CPU at most; 0: no cap")] = None,
+    warp: Annotated[int | None, typer.Option(help="us that it is preferred by when an event wakes it")] = None,
+    warp_limit: Annotated[int | None, typer.Option(help="us that it runs so at most; 0: until it sleeps")] = None,
+    unwarp: Annotated[int | None, typer.Option(help="us that it is not preferred after that limit")] = None,
+    as_json: Json = False,
+) -> None:
+    """Who gets how much of the CPUs: show it, or with options change it for DOMAIN.
+
+    Keys of --json: name, domid, weight, cap, warp_us, warp_limit_us, unwarp_us.
+    """
+    options = {"weight": weight, "cap": cap, "warp_us": warp, "warp_limit_us": warp_limit, "unwarp_us": unwarp}
+    changes = {name: value for name, value in options.items() if value is not None}
+    if changes and not domain:
+        say("error: whose? give a DOMAIN")
+        raise typer.Exit(USAGE)
+    with Connection() as host:
+        rows = host.ask("sched", name=domain, changes=changes)
+    names = ["name", "domid", "weight", "cap", "warp_us", "warp_limit_us", "unwarp_us"]
+    show(rows, as_json, lambda: columns(rows, names))
+
+
+@app.command("vcpu-list")
+@command
+def vcpu_list(
+    domain: Annotated[str, typer.Argument(metavar="[DOMAIN]", autocompletion=domain_names)] = "", as_json: Json = False
+) -> None:
+    """Where the virtual CPU of each domain is, and where its time went since its launch.
+
+    Keys of --json: name, domid, vcpu, cpu, state (running, runnable, blocked, offline), scheduled (on, off: stopped, others
+    have their turn; idle; -: never stopped), affinity, running_s, runnable_s, blocked_s, offline_s.
+    """
+    with Connection() as host:
+        rows = host.ask("vcpu-list", name=domain)
+    names = [
+        "name",
+        "domid",
+        "vcpu",
+        "cpu",
+        "state",
+        "scheduled",
+        "affinity",
+        "running_s",
+        "runnable_s",
+        "blocked_s",
+        "offline_s",
+    ]
+    show(rows, as_json, lambda: columns(rows, names))
+
+
 # ---- firewall
 
 

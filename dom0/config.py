@@ -5,6 +5,8 @@
     memory = 16                     # MiB that it starts with
     maxmem = 64                     # MiB that it can be given while it runs (`ring1 mem-set`); default: as memory
     cmdline = ""                    # handed to the kernel
+    weight = 256                    # of the CPU, beside the weights of the others that want it (1 to 65535)
+    cap = 0                         # percent of one CPU that it gets at most; 0: no cap
     debug = false                   # true: inspectable, shown as "not isolated"
 
     [[disk]]
@@ -31,6 +33,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from hypervisor.public.io.blkif import vdev
+from hypervisor.public.scheduler import MAX_CAP, MAX_WEIGHT
 from hypervisor.public.start_info import CMDLINE_BYTES
 from hypervisor.public.types import NAME_BYTES
 
@@ -77,6 +80,8 @@ class DomainConfig(msgspec.Struct, forbid_unknown_fields=True):
     memory: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 16
     maxmem: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0  # 0: as memory
     cmdline: Annotated[str, msgspec.Meta(max_length=CMDLINE_BYTES - 1)] = ""
+    weight: Annotated[int, msgspec.Meta(ge=1, le=MAX_WEIGHT)] = 256
+    cap: Annotated[int, msgspec.Meta(ge=0, le=MAX_CAP)] = 0
     debug: bool = False
     disk: list[Disk] = []
     vif: Annotated[list[Vif], msgspec.Meta(max_length=8)] = []

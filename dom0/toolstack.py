@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from dom0 import builder
+from dom0 import builder, cpus
 from dom0.builder import BuildError, Built, Image
 from dom0.config import DomainConfig
 from dom0.consoles import ConsoleServer
@@ -152,6 +152,7 @@ class Toolstack:
                 await self.devices.attach_vbd(guest.domid, disk, block.domid, block.descriptors)
             for index, vif in enumerate(config.vif):
                 await self.devices.attach_vif(guest.domid, config.name, index, vif, network.domid)
+            cpus.set_params(self.kernel, guest.domid, {"weight": config.weight, "cap": config.cap})
             if not paused:
                 self.kernel.call(UnpauseDomain(guest.domid))
         except Exception as error:

@@ -10,13 +10,14 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from dom0 import balloon, config, firewall
+from dom0 import balloon, config, cpus, firewall
 from dom0.toolstack import Toolstack, ToolstackError, row
 from domain.sched import TimeoutExpired, timeout
 from domain.store import StoreError
 from hypervisor.public.domctl import CreateFlags, DomainInfo, GetDomainInfo
 from hypervisor.public.errors import XenError
 from hypervisor.public.sched import ShutdownReason
+from hypervisor.public.scheduler import MAX_CAP, MAX_WARP_US, MAX_WEIGHT
 from hypervisor.public.sysctl import Ledger, PhysInfo, ProcessMemory, ReadConsole
 from hypervisor.public.types import DOMID_SELF
 
@@ -24,6 +25,7 @@ Verb = Callable[..., Awaitable[Any]]
 TABLE: dict[str, Verb] = {}
 FIREWALL_SECONDS = 5.0
 DIGEST_BYTES = 1 << 20
+PARAMS = f"weight is 1 to {MAX_WEIGHT}, cap 0 to {MAX_CAP} percent, a time of warp 0 to {MAX_WARP_US} us"
 
 
 def verb(function: Verb) -> Verb:
@@ -119,6 +121,35 @@ async def mem_max(tools: Toolstack, name: str, kib: int) -> dict[str, Any]:
     guest = balloon.resizable(tools, name)
     await balloon.set_maximum(tools, guest, kib)
     return await balloon.facts(tools, guest)
+
+
+@verb
+async def sched(tools: Toolstack, name: str = "", changes: dict[str, int] | None = None) -> list[dict[str, Any]]:
+    """The scheduler's parameters of all domains; or of one, changed first if so asked."""
+    if changes:
+        guest = tools.find(name)
+        try:
+            cpus.set_params(tools.kernel, guest.domid, changes)
+        except XenError:
+            raise ToolstackError(f"{guest.name}: {PARAMS}") from None
+    return _of_each(tools, name, lambda domid: cpus.params(tools.kernel, domid)._asdict())
+
+
+@verb
+async def vcpu_list(tools: Toolstack, name: str = "") -> list[dict[str, Any]]:
+    """Where each domain's virtual CPU is, and where its time went."""
+    return _of_each(tools, name, lambda domid: cpus.vcpu(tools.kernel, domid))
+
+
+def _of_each(tools: Toolstack, name: str, facts: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row of the one that is named, or of every one that lives."""
+    rows = []
+    for guest in [tools.find(name)] if name else [one for one in tools.guests.values() if not one.ended.is_set]:
+        try:
+            rows.append({"name": guest.name, "domid": guest.domid, **facts(guest.domid)})
+        except XenError:  # it ends
+            continue
+    return rows
 
 
 @verb

@@ -162,7 +162,8 @@ def virtual_ns(domain: Domain) -> int:
 
 
 def run_state(domain: Domain) -> RunStateInfo:
-    """Since its launch. What waited for a CPU is known to the host alone (schedstat); what is left over was spent asleep."""
+    """Since its launch. What waited for a CPU is known to the host alone (schedstat), or the scheduler had it
+    stopped; what is left over was spent asleep."""
     if not domain.launched:
         return RunStateInfo(RunState.OFFLINE, 0, 0, 0, 0)
     now = time.monotonic_ns()
@@ -170,7 +171,8 @@ def run_state(domain: Domain) -> RunStateInfo:
     offline = min(elapsed, domain.offline_ns + (now - domain.paused_ns if domain.paused_ns else 0))
     running = min(elapsed - offline, virtual_ns(domain))
     process = domain.process
-    runnable = min(elapsed - offline - running, process.waited_ns() if process else 0)
+    stolen = domain.stolen_ns + (now - domain.stopped_ns if domain.stopped_ns else 0)
+    runnable = min(elapsed - offline - running, stolen + (process.waited_ns() if process else 0))
     state = process.run_state() if process and domain.state == "running" else RunState.OFFLINE
     return RunStateInfo(state, running, runnable, elapsed - offline - running - runnable, offline)
 

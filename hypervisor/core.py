@@ -25,6 +25,7 @@ from hypervisor import (
     memory,
     mmu,
     sched,
+    scheduler,
     segments,
     sysctl,
     traps,
@@ -60,10 +61,11 @@ from hypervisor.public.layout import (
 from hypervisor.public.mmu import PageType
 from hypervisor.public.start_info import SIF_INITDOMAIN, SIF_PRIVILEGED, StartInfo
 from hypervisor.public.types import DOMID_FIRST_RESERVED, DOMID_SELF, PAGE_SIZE, VIRQ_CONSOLE
+from hypervisor.scheduler import Scheduler
 from hypervisor.zygote import Zygote
 
 MODULES = [  # who serves calls
-    callring, clock, console, dispatch, domctl, evtchn, grant, memory, mmu, sched, segments, sysctl, traps, version,
+    callring, clock, console, dispatch, domctl, evtchn, grant, memory, mmu, sched, scheduler, segments, sysctl, traps, version,
 ]  # fmt: skip
 DOM0_FRAMES = 2048
 UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
@@ -81,6 +83,7 @@ class Hypervisor:
         self.loop.before_sleep = lambda: hypercall.look_at_rings(self)
         self.make_tables()
         self.clock = clock.Clock(self.loop, self.boot_ns)
+        self.scheduler = Scheduler(self.loop, frozenset(os.sched_getaffinity(0)))
         self.children = Children(self.loop)
         name = f"/{self.instance}-machine"
         self.journal(f"shm {name}")

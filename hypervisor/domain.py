@@ -13,6 +13,7 @@ import posix_ipc
 
 from hypervisor._hv import ffi, lib
 from hypervisor.budget import Budget
+from hypervisor.bvt import Share
 from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
 from hypervisor.public.clock import RunState
@@ -102,6 +103,9 @@ class Domain:
         self.state = "building"
         self.launched = False
         self.launched_ns = self.paused_ns = self.offline_ns = 0  # CLOCK_MONOTONIC; since when it is paused; paused in all
+        self.share = Share()  # of the CPUs
+        self.stolen_ns = self.stopped_ns = 0  # how long the scheduler had it stopped, in all; since when it has
+        self.on_wake: Callable[[], None] | None = None  # it sleeps, and the scheduler wants to be told when an event wakes it
         self.reason = ""
         self.exit_code = -1
         self.process: Process | None = None
@@ -192,5 +196,3 @@ class Domain:
         waiting, self._when_dead = self._when_dead, []
         for call in waiting:
             call()
-
-

@@ -10,7 +10,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from hypervisor import grant, guest_access, lifecycle
+from hypervisor import clock, grant, guest_access, lifecycle
 from hypervisor._hv import lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import DOM0, Domain
@@ -100,6 +100,7 @@ def pause(hv: Hypervisor, caller: Domain, call: abi.PauseDomain) -> None:
     if domain.state != "running" or domain.process is None:
         raise Invalid(f"domain {domain.domid} is {domain.state}")
 
+    hv.scheduler.leave(domain)
     domain.process.signal(signal.SIGSTOP)
     domain.state, domain.paused_ns = "paused", time.monotonic_ns()
 
@@ -118,6 +119,7 @@ def unpause(hv: Hypervisor, caller: Domain, call: abi.UnpauseDomain) -> None:
         domain.offline_ns += time.monotonic_ns() - domain.paused_ns
         domain.state, domain.paused_ns = "running", 0
         domain.process.signal(signal.SIGCONT)
+        hv.scheduler.enter(domain)
     else:
         lifecycle.launch(hv, domain)
 
@@ -125,6 +127,14 @@ def unpause(hv: Hypervisor, caller: Domain, call: abi.UnpauseDomain) -> None:
 @hypercall(abi.GetDomainInfo)
 def get_info(hv: Hypervisor, caller: Domain, call: abi.GetDomainInfo) -> tuple[object, ...]:
     return info(hv, hv.lookup(call.domid))
+
+
+@hypercall(abi.GetVcpuInfo)
+def get_vcpu_info(hv: Hypervisor, caller: Domain, call: abi.GetVcpuInfo) -> tuple[object, ...]:
+    domain = hv.lookup(call.domid)
+    state, *times = clock.run_state(domain)
+    scheduled, pinned = hv.scheduler.state_of(domain)
+    return int(state), scheduled, domain.process.cpu() if domain.process else -1, pinned, *times
 
 
 def info(hv: Hypervisor, d: Domain) -> abi.DomainInfo:

@@ -39,6 +39,8 @@ def notify(hv: Hypervisor, domain: Domain, port: int) -> None:
 
 def kick(domain: Domain) -> None:
     """The upcall: a signal that says "look", and the reply of a call that blocks or polls."""
+    if domain.on_wake is not None:
+        domain.on_wake()
     if domain.polled is not None and any(lib.evtchn_is_pending(domain.evt, port) for port in domain.polled[1]):
         poll_ends(domain)
     if domain.blocked is not None:

@@ -211,6 +211,7 @@ def launch(hv: Hypervisor, domain: Domain) -> None:
     assert domain.queues is not None
     domain.state, domain.launched, domain.launched_ns = "running", True, time.monotonic_ns()
     hv.listen(domain)
+    hv.scheduler.enter(domain)
     domain.queues[1].send(msgpack.packb([0, 0, domain.entry]))
 
 
@@ -240,6 +241,7 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
         hv.panic(f"dom0 ended: {domain.reason}")
         return
     hv.log(f"{domain}: {domain.reason}")
+    hv.scheduler.leave(domain)
     for name in list(domain.timers):
         domain.stop_timer(name)
     hv.listen(domain)

@@ -40,6 +40,7 @@ def physinfo(hv: Hypervisor, caller: Domain, call: abi.PhysInfo) -> int:
     facts = {
         **frame_counts(hv), "page_bytes": PAGE_SIZE, "nr_domains": sum(d.alive for d in hv.domains.values()),
         "isolation": hv.isolation, "layers": hv.layers, "own_uids": hv.own_uids, "boot_ns": hv.boot_ns, "pid": os.getpid(),
+        "scheduler": "bvt", "cpus": sorted(hv.scheduler.cpus),
         "zygote_pid": hv.zygote.pid,
     }  # fmt: skip
     return _answer(hv, caller, call, msgpack.packb(facts))

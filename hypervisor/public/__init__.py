@@ -15,7 +15,9 @@
     35  sysctl             readconsole 1, physinfo 3, getdomaininfolist 6, ledger 1000,
                            process_memory 1001                                          sysctl
     36  domctl             create 1, destroy 2, pause 3, unpause 4, getdomaininfo 5,
+                           getvcpuinfo 14,
                            map_foreign 1000, unmap_foreign 1001, launch_info 1002       domctl
+                           scheduler_op 16                                              scheduler
     48  callring           setup 0, kick 1                                              callring
 
 ABI.md says the same with offsets and rules; ring1.h, ring1_message.h and io/ring1_io.h are the same for C.

@@ -64,6 +64,9 @@
 #define RING1_MAX_ORDER 9
 #define RING1_MAX_EXCHANGE 512
 #define RING1_MAX_TRAPS 256
+#define RING1_MAX_WEIGHT 65535
+#define RING1_MAX_CAP 100 /* percent of one CPU */
+#define RING1_MAX_WARP_US 1000000
 #define RING1_MIN_PERIOD_NS 1000000
 #define RING1_TIME_STABLE 1                /* vcpu_time_info.flags: the record holds on every CPU */
 #define RING1_INVALID_PFN 0xffffffffffffffff
@@ -172,6 +175,9 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define XEN_DOMCTL_getdomaininfo 5         /* u16 domid -> 16 values */
 #define XEN_DOMCTL_getmemlist 6            /* u16 domid, u32 first, u32 count, u64 address -> how many */
 #define XEN_DOMCTL_max_mem 11              /* u16 domid, u32 max_frames */
+#define XEN_DOMCTL_getvcpuinfo 14          /* u16 domid -> state, scheduled, cpu, pinned, ns running, runnable, blocked, offline */
+#define XEN_DOMCTL_scheduler_op 16         /* u16 domid, u32 cmd, u32 weight, u32 cap, u32 warp_us, u32 warp_limit_us,
+                                              u32 unwarp_us -> the five that hold */
 #define RING1_DOMCTL_map_foreign 1000      /* u16 domid, u32 pfn, u32 count, u64 address */
 #define RING1_DOMCTL_unmap_foreign 1001    /* u64 address, u32 count */
 #define RING1_DOMCTL_launch_info 1002      /* u16 domid, u64 root, u64 entry */
@@ -203,6 +209,8 @@ enum {
 };
 
 enum {
+    XEN_DOMCTL_SCHEDOP_putinfo = 0,
+    XEN_DOMCTL_SCHEDOP_getinfo = 1,
     RUNSTATE_running = 0,
     RUNSTATE_runnable = 1,
     RUNSTATE_blocked = 2,

@@ -15,7 +15,8 @@ class ReadConsole(Hypercall[int]):
 
 
 class PhysInfo(Hypercall[int]):
-    """msgpack map: frames total/free/owned/shared, page_bytes, nr_domains, isolation (list of lines), layers, uid mode."""
+    """msgpack map: frames total/free/owned/shared, page_bytes, nr_domains, isolation (list of lines), layers, uid mode,
+    scheduler, cpus (those that domains are scheduled on)."""
 
     OP, CMD, PRIVILEGED = OP_SYSCTL, 3, True
     address: U64

@@ -36,6 +36,7 @@ from hypervisor.public import (
     memory,
     mmu,
     sched,
+    scheduler,
     segments,
     start_info,
     sysctl,
@@ -60,12 +61,14 @@ PREFIX: dict[ModuleType, str] = {
     types: "RING1_", layout: "RING1_", start_info: "RING1_", version: "RING1_", grant: "RING1_", domctl: "RING1_",
     mmu: "RING1_", traps: "RING1_", clock: "RING1_", memory: "RING1_", callring: "RING1_CALLRING_", blkif: "BLKIF_",
     netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
-    console: "", evtchn: "", sched: "", segments: "RING1_", sysctl: "", errors: "", xenbus: "", io_console: "",
+    scheduler: "RING1_", segments: "RING1_", console: "", evtchn: "", sched: "", sysctl: "", errors: "", xenbus: "",
+    io_console: "",
 }  # fmt: skip
 XEN_SAYS_SO = ("DOMID_", "VIRQ_", "SIF_")
 ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
     evtchn.State: lambda name: f"EVTCHNSTAT_{name.lower()}",
     sched.ShutdownReason: lambda name: f"SHUTDOWN_{name.lower()}",
+    scheduler.SchedulerCommand: lambda name: f"XEN_DOMCTL_SCHEDOP_{name.lower()}",
     clock.RunState: lambda name: f"RUNSTATE_{name.lower()}",
     mmu.Pte: lambda name: f"RING1_PTE_{name}",
     mmu.PageType: lambda name: f"RING1_PAGE_{name}",
@@ -109,6 +112,7 @@ CALLS = {
     "GetRunState": "VCPUOP_get_runstate_info", "SetPeriodicTimer": "VCPUOP_set_periodic_timer",
     "StopPeriodicTimer": "VCPUOP_stop_periodic_timer", "SetVirtualTimer": "RING1_VCPUOP_set_virtual_timer",
     "GetMemList": "XEN_DOMCTL_getmemlist", "SetMaxMem": "XEN_DOMCTL_max_mem",
+    "GetVcpuInfo": "XEN_DOMCTL_getvcpuinfo", "SchedulerOp": "XEN_DOMCTL_scheduler_op",
     "DecreaseReservation": "XENMEM_decrease_reservation", "PopulatePhysmap": "XENMEM_populate_physmap",
     "CurrentReservation": "XENMEM_current_reservation", "MaximumReservation": "XENMEM_maximum_reservation",
     "SetGdt": "__HYPERVISOR_set_gdt", "UpdateDescriptor": "__HYPERVISOR_update_descriptor",

@@ -17,7 +17,7 @@ from domain import xenbus
 from hypervisor import console, domain, sched
 from hypervisor._hv import lib
 from hypervisor.gate import boot, monitor, policy
-from hypervisor.public import clock, domctl, errors, evtchn, grant, hypercall, layout, memory
+from hypervisor.public import clock, domctl, errors, evtchn, grant, hypercall, layout, memory, scheduler
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.start_info import EXTENSION, StartInfo
 from hypervisor.public.types import PAGE_SIZE
@@ -50,6 +50,8 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "MachphysMappingCall": memory.MachphysMapping._fields,
     "GetRunState": clock.RunStateInfo._fields,
     "GetDomainInfo": domctl.DomainInfo._fields,
+    "GetVcpuInfo": domctl.VcpuInfo._fields,
+    "SchedulerOp": scheduler.SchedulerParams._fields,
     "EvtchnStatus": evtchn.EvtchnStatusReply._fields,
     "GrantQuerySize": grant.QuerySizeReply._fields,
 }

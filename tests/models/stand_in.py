@@ -25,6 +25,7 @@ from hypervisor.public.hypercall import Hypercall, decode_message
 from hypervisor.public.layout import KERNEL_PFN, virt
 from hypervisor.public.mmu import PageType, UpdateVaMapping, entry
 from hypervisor.public.types import PAGE_SIZE
+from hypervisor.scheduler import Scheduler
 from tests.models.address_space import ZERO, AddressSpace, BusyLoop
 
 DATA_FRAMES = 12  # of each domain, from KERNEL_PFN on; behind them its frame list and its tables
@@ -51,6 +52,7 @@ class StandIn(Hypervisor):
         self.make_tables()
         self.loop = BusyLoop()
         self.clock = Clock(self.loop, self.boot_ns)
+        self.scheduler = Scheduler(self.loop, frozenset({0}))
         self.machine = MachineMemory(nr_frames, f"/ring1-test-{secrets.token_hex(8)}")
         self.m2p = M2P(nr_frames)
         self.frames = FrameTable(nr_frames, self.machine.base, self.m2p.pfn)
