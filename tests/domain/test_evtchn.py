@@ -52,7 +52,14 @@ DEFECTS: dict[str, Changes] = {
         GUEST: [("atomic_fetch_and(&s->pending[word], ~((uint64_t)1 << bit));", "atomic_store(&s->pending[word], 0);")]
     },
     "a sleeper leaves upcalls masked": {GUEST: [("if (upcall_unmask(s))\n", "if (0)\n")]},
-    "unmasking upcalls does not look": {GUEST: [("return atomic_load(&v->upcall_pending) != 0;", "return 0;")]},
+    "unmasking upcalls does not look": {
+        GUEST: [
+            (
+                "    atomic_store(&v->upcall_mask, 0);\n    return atomic_load(&v->upcall_pending) != 0;",
+                f"    {PAUSE}\n    atomic_store(&v->upcall_mask, 0);\n    return 0;",
+            )
+        ]
+    },
     "unmasking a port does not look": {HYPERVISOR: [(LOOK, "    return 0;")]},
     "the upcall mask is read too early": {
         HYPERVISOR: [(TELL, f"    int masked = atomic_load(&v->upcall_mask);\n    {PAUSE}\n{EXCHANGE}    return !masked;")]
