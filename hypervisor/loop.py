@@ -25,6 +25,7 @@ Wait = Callable[[Resume], None]  # begin waiting; call resume(value) or resume(e
 Steps = Generator[Wait, Any, Any]
 FAR_NS = 1 << 60
 LONGEST = 3600.0  # seconds: epoll takes no more than 24 days
+CLOSE = 0.004  # seconds
 SWEEP = 1024  # timers, live or cancelled, before the cancelled ones are thrown out
 SLICE = 512  # calls of one turn before descriptors are looked at again
 
@@ -42,6 +43,8 @@ class Timer:
 class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._select = select.select
+        assert self._epoll.fileno() < 1024, "select takes no more"
         self._handlers: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[int, int, Timer]] = []
         self._soon: deque[Callable[[], None]] = deque()
@@ -87,7 +90,7 @@ class Loop:
         for _ in range(min(len(self._soon), SLICE)):
             self._soon.popleft()()
         looked = not self._soon and self.before_sleep()
-        for fd, _ in self._epoll.poll(0 if looked else self._until_due(), 64):
+        for fd, _ in self._epoll.poll(0 if looked else self._sleep(), 64):
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler()
@@ -98,6 +101,17 @@ class Loop:
             call = heapq.heappop(self._timers)[2].call
             if call is not None:
                 call()
+
+    def _sleep(self) -> float:
+        """How long epoll may sleep, in seconds. It counts in milliseconds, rounded up: it stops short of a timer, and the rest
+        is waited for here, to the microsecond. That costs one call more, where a timer is near."""
+        left = self._until_due()
+        if left > CLOSE:
+            return left - CLOSE / 2
+        if left > 0:
+            self._select([self._epoll], (), (), left)
+            return 0
+        return left
 
     def _until_due(self) -> float:
         """Seconds that may be slept, -1 without end. Asked last before sleeping: a posted call may have set a timer."""

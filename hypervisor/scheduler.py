@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TICK_NS = 4_000_000  # a look costs some 30 us
 RELAXED_NS = 25_000_000
 LOOKS = 16  # at clocks of those that sleep, in a tick
+LONG_NS = 8_000_000
 LEAST_NS = 500_000  # a shorter while says nothing of what one would use
 ASLEEP, AWAKE = 0.02, 0.05  # parts of a CPU: less is sleeping, more is not
 UNKNOWN = -1
@@ -133,7 +134,7 @@ class Scheduler:
 
     def _wind(self) -> None:
         """A timer where one is needed; else nobody is stopped, nobody pinned."""
-        needed = len(self._seats) > len(self.cpus) or any(seat.share.params.cap for seat in self._seats.values())
+        needed = _crowded(list(self._seats.values()))
         if needed and self._timer is None:
             now = time.monotonic_ns()
             for seat in self._seats.values():
@@ -168,7 +169,7 @@ class Scheduler:
         for seat in awake + asleep[:LOOKS]:
             self._look(seat, now)
         wanting = self._awake_seats()
-        self.arbitrating = len(wanting) > len(self.cpus) or any(seat.share.params.cap for seat in wanting)
+        self.arbitrating = _crowded(wanting)
         if self.arbitrating:
             self._decide(wanting, now)
         else:
@@ -192,7 +193,8 @@ class Scheduler:
             if used > AWAKE:
                 self._awake(seat, now, min(1.0, used))
             return
-        seat.share.demand = (seat.share.demand + min(1.0, used)) / 2
+        weight = min(1.0, elapsed / LONG_NS)  # a short look says less than what was seen before
+        seat.share.demand += (min(1.0, used) - seat.share.demand) * weight
         if seat.share.demand < bvt.FULL:
             seat.share.catch_up(self._wanting(), bvt.LAG_NS)
         if seat.share.demand < ASLEEP:
@@ -209,11 +211,12 @@ class Scheduler:
     def _woken(self, seat: Seat) -> None:
         """By an event, before it runs: perhaps somebody else has to give way, perhaps it has to wait."""
         now = time.monotonic_ns()
+        for one in self._awake_seats():
+            if one.state is State.ON:
+                self._look(one, now)
         self._awake(seat, now, 1.0)
+        self.arbitrating = _crowded(self._awake_seats())
         if self.arbitrating:
-            for one in self._awake_seats():
-                if one.state is State.ON and one is not seat:
-                    self._look(one, now)
             self._decide(self._awake_seats(), now)
             self._wind_at(now + WOKEN_NS)
 
@@ -283,6 +286,14 @@ class Scheduler:
         """For those who look on: on, off, idle, or - (not scheduled); and the CPU it is pinned to, or -1."""
         seat = self._seats.get(domain)
         return (seat.state.name.lower(), seat.cpu) if seat else ("-", -1)
+
+
+def _crowded(seats: list[Seat]) -> bool:
+    """Not all of them can have a CPU to themselves, or one has a cap."""
+    places = [seat.allowed for seat in seats]
+    return any(seat.share.params.cap for seat in seats) or any(
+        sum(other <= place for other in places) > len(place) for place in set(places)
+    )
 
 
 # ---- hypercalls

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from domain import memory
 from domain.callring import CallRing, packed
+from domain.sched import sleep_until
 from hypervisor.public.evtchn import EvtchnSend
 from hypervisor.public.version import Multicall, XenVersion
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from domain.kernel import Kernel
 
 BATCH = 128
+NAP_NS, DOZE_NS = 7_000_000, 45_000_000
 QUIET = 0.02  # seconds: who made this domain has nothing more to ask by then
 clock = time.perf_counter_ns
 
@@ -141,7 +143,38 @@ async def worker(kernel: Kernel, n: int) -> dict[str, Any]:
     return {}
 
 
-WHAT = {f.__name__: f for f in (call, multicall, ring, flood, ping, pong, load, worker)}
+async def burn(kernel: Kernel, n: int) -> dict[str, Any]:
+    """Never sleeps, never ends."""
+    while True:
+        pass
+
+
+async def nap(kernel: Kernel, n: int, ns: int = NAP_NS) -> dict[str, Any]:
+    """How late it runs after a timer that was due while it slept."""
+    out = []
+    for _ in range(n):
+        due = kernel.now_ns() + ns
+        await sleep_until(due)
+        out.append(kernel.now_ns() - due)
+    return told(sorted(out)) | {"early": sum(late < 0 for late in out)}
+
+
+async def doze(kernel: Kernel, n: int) -> dict[str, Any]:
+    """The same, asleep for so long that the scheduler takes it for idle."""
+    return await nap(kernel, n, DOZE_NS)
+
+
+async def read_clock(kernel: Kernel, n: int) -> dict[str, Any]:
+    """System time from the record in shared_info, ns a read."""
+
+    def some() -> None:
+        for _ in range(BATCH):
+            kernel.now_ns()
+
+    return told(times(some, n), BATCH)
+
+
+WHAT = {f.__name__: f for f in (call, multicall, ring, flood, ping, pong, load, worker, burn, nap, doze, read_clock)}
 
 
 async def main(kernel: Kernel) -> int:

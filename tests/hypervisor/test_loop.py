@@ -32,14 +32,19 @@ def until(loop: Loop, done: Callable[[], bool]) -> None:
 
 
 class Sleepless:
-    """In epoll's place: says what the loop would have slept, and does not."""
+    """In the place of epoll, and of select that waits for it: says what the loop would have slept, and does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop) -> None:
         self.slept: list[float] = []
+        loop._epoll, loop._select = self, self.select  # type: ignore[assignment]
 
     def poll(self, timeout: float, _: int) -> list[tuple[int, int]]:
-        self.slept.append(timeout)
+        if timeout or not self.slept or self.slept[-1] < 0:
+            self.slept.append(timeout)
         return []
+
+    def select(self, read: object, write: object, error: object, timeout: float) -> None:
+        self.slept.append(timeout)
 
 
 # ---- continuations
@@ -130,7 +135,7 @@ def test_timers_are_never_early_and_in_order() -> None:
 
 def test_the_loop_never_sleeps_past_a_timer_and_never_wakes_much_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
-    epoll = loop._epoll = Sleepless()  # type: ignore[assignment]
+    epoll = Sleepless(loop)
     now = 10**15
     monkeypatch.setattr(module.time, "monotonic_ns", lambda: now)
     loop.at(now + 1, lambda: None)
@@ -141,9 +146,27 @@ def test_the_loop_never_sleeps_past_a_timer_and_never_wakes_much_before_it(monke
     assert epoll.slept[-1] == -1
 
 
+@pytest.mark.parametrize("far", [0.1, 1.5, 3.9, 4.1, 5.0, 600.0])
+def test_it_comes_to_a_timer_by_the_microsecond(monkeypatch: pytest.MonkeyPatch, far: float) -> None:
+    """epoll counts in milliseconds, and rounds up: what it is asked for ends before the timer, however that is rounded."""
+    loop = Loop()
+    epoll = Sleepless(loop)
+    now = 10**15
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: now)
+    fired = list[int]()
+    due = now + int(far * MS)
+    loop.at(due, lambda: fired.append(now))
+    while not fired:
+        loop.step()
+        slept = epoll.slept[-1]
+        now += int(slept * 1e9) if slept * 1e9 <= 4 * MS else -(-int(slept * 1e9) // MS) * MS
+        assert slept > 0 or fired
+        assert now <= due + 1_000, "past it"
+
+
 def test_a_cancelled_timer_does_not_fire_and_does_not_wake() -> None:
     loop, fired = Loop(), list[int]()
-    epoll = loop._epoll = Sleepless()  # type: ignore[assignment]
+    epoll = Sleepless(loop)
     loop.at(time.monotonic_ns() + MS, lambda: fired.append(1)).cancel()
     loop.at(0, lambda: fired.append(2)).cancel()
     loop.step()
@@ -152,7 +175,7 @@ def test_a_cancelled_timer_does_not_fire_and_does_not_wake() -> None:
 
 def check_a_posted_call_may_set_a_timer(loop: Loop) -> None:
     """A silent monitor's deadline is often set by a posted call; nothing else may happen until it is due."""
-    epoll = loop._epoll = Sleepless()  # type: ignore[assignment]
+    epoll = Sleepless(loop)
     loop.soon(lambda: void(loop.at(time.monotonic_ns() + MS, lambda: None)))
     loop.step()
     assert 0 <= epoll.slept[-1] <= 1e-3, f"sleeps {epoll.slept[-1]} s"
