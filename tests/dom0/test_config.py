@@ -46,14 +46,14 @@ def refusal(text: str) -> str:
 
 def test_everything_that_can_be_said() -> None:
     assert config.parse(FULL) == DomainConfig(
-        "alice", "alice.py", 64, 256, "a=1 b=2", True,
+        "alice", "alice.py", 64, 256, "a=1 b=2", 256, 0, True,
         [Disk("xvda", "disk.img", "w", "0:16"), Disk("xvdb", "/abs/other.img", "r", "")],
         [Vif("10.0.0.1", "00:16:3e:00:00:01"), Vif()],
     )  # fmt: skip
 
 
 def test_what_is_not_said_has_a_default() -> None:
-    assert config.parse('name = "a"\nkernel = "k"\n') == DomainConfig("a", "k", 16, 0, "", False, [], [])
+    assert config.parse('name = "a"\nkernel = "k"\n') == DomainConfig("a", "k", 16, 0, "", 256, 0, False, [], [])
 
 
 def test_relative_paths_are_the_file_s(tmp_path: Path) -> None:
@@ -150,3 +150,9 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
 )  # fmt: skip
 def test_the_line_of_a_key(key: str, line: int) -> None:
     assert config.line_of(FULL, key) == line
+
+
+def test_its_share_of_the_cpus() -> None:
+    assert config.parse('name = "a"\nkernel = "k"\nweight = 512\ncap = 40\n').weight == 512
+    assert refusal('name = "a"\nkernel = "k"\nweight = 0\n').startswith("a.toml: line 3: weight")
+    assert refusal('name = "a"\nkernel = "k"\n\ncap = 101\n').startswith("a.toml: line 4: cap")
