@@ -90,6 +90,7 @@ class Trap(NamedTuple):
 
     address: int  # in its process
     masks_events: bool  # upcalls are masked on entry
+    dpl: int = 0  # of its gate: from which ring on `int n` may enter it
 
 
 class Domain:

@@ -83,10 +83,18 @@ def serve(hv: Hypervisor, domain: Domain) -> None:
 
 
 def _run(hv: Hypervisor, domain: Domain, message: bytes, begin: int) -> None:
-    address, error, _, rsp, value = abi.FAULT.unpack(message)
-    store = value if error & abi.PF_STORE else None
-    error &= KINDS
+    address, error_code, rip, rsp, value = abi.FAULT.unpack(message)
+    store = value if error_code & abi.PF_STORE else None
+    kinds = error_code & KINDS
+    vector = error_code >> abi.PF_VECTOR_SHIFT & 0xFF
+    if error_code & abi.PF_UNHANDLED:
+        domain.fail(f"{_name(vector)} at {rip:#x}, and no handler")
+        return
+    delivering = vector if error_code & abi.PF_DELIVERY else None
     domain.faults += 1
+    if delivering is not None and not in_windows(address):
+        domain.fail(_double(delivering, address))
+        return
     if not in_windows(address):
         domain.fail(f"a page fault outside the windows, at {address:#x}")
         return
@@ -102,7 +110,8 @@ def _run(hv: Hypervisor, domain: Domain, message: bytes, begin: int) -> None:
         listen(hv, domain)
 
     domain.faulting = True
-    run_task(budget.charged(hv, domain, _verdict(hv, domain, address - KERNEL_WINDOW, error, rsp, store), begin), ended)
+    steps = _verdict(hv, domain, address - KERNEL_WINDOW, kinds, rsp, store, delivering)
+    run_task(budget.charged(hv, domain, steps, begin), ended)
 
 
 def _reply(domain: Domain, verdict: bytes) -> None:
@@ -114,11 +123,25 @@ def _reply(domain: Domain, verdict: bytes) -> None:
             pass
 
 
-def _verdict(hv: Hypervisor, domain: Domain, offset: int, error: int, rsp: int, store: int | None) -> Steps:
-    """The bytes to answer with; none where the domain has ended by it. `store`: what a plain store would have written."""
+def _name(vector: int) -> str:
+    return f"{abi.NAMES.get(vector, 'interrupt')} ({vector})"
+
+
+def _double(vector: int, address: int) -> str:
+    return f"double fault: no stack at {address:#x} for {_name(vector)}"
+
+
+def _verdict(
+    hv: Hypervisor, domain: Domain, offset: int, error: int, rsp: int, store: int | None, delivering: int | None
+) -> Steps:
+    """The bytes to answer with; none where the domain has ended by it. `store`: what a plain store would have written;
+    `delivering`: the vector of an exception whose frame it would have been part of."""
     if (yield from space.fill(hv, domain, offset, error)):
         domain.fills += 1
         return abi.VERDICT.pack(abi.RETRY, 0, 0)
+    if delivering is not None:
+        domain.fail(_double(delivering, KERNEL_WINDOW + offset))
+        return b""
     if store is not None and domain.writable_tables and error & abi.PF_WRITE:
         what = yield from _update_table(hv, domain, offset, store)
         if what != abi.BOUNCE:

@@ -70,10 +70,13 @@ from hypervisor.public.layout import (
     M2P,
     MONITOR_CODE,
     NR_WINDOWS,
+    SHARED_INFO,
     SPACE_BYTES,
     START_INFO_PFN,
+    TRAP_TABLE,
     virt,
 )
+from hypervisor.public.start_info import SHARED_UPCALL_MASK
 from hypervisor.public.types import MESSAGE_BYTES, PAGE_SIZE
 
 UPCALL_SIGNAL = signal.SIGUSR2  # a STANDARD signal: it merges with itself; real-time ones exhaust the uid's limit
@@ -230,10 +233,15 @@ def limits(config: BootConfig) -> None:
 
 
 def serve_faults() -> None:
-    """Still step 9. From here on an access to a page of the windows that is not mapped asks the hypervisor."""
+    """Still step 9. From here on an access to a page of the windows that is not mapped asks the hypervisor, and an exception
+    enters the handler that the trap table says."""
     result = lib.fault_install(KERNEL_WINDOW, WINDOWS_BYTES, FD_FAULT)
     if result:
         raise OSError(-result, "handler of page faults")
+    table = ffi.cast("uint64_t *", KERNEL_WINDOW + TRAP_TABLE)
+    result = lib.traps_install(table, ffi.cast("uint8_t *", KERNEL_WINDOW + SHARED_INFO + SHARED_UPCALL_MASK))
+    if result:
+        raise OSError(-result, "handlers of exceptions")
 
 
 def lock(config: BootConfig) -> None:

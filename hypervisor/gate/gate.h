@@ -23,6 +23,7 @@ long landlock_all(long abi);
 long keep_capabilities(uint64_t keep);
 void enter_kernel(uint64_t entry, uint64_t start_info);
 long fault_install(uint64_t begin, uint64_t bytes, long sock);
+long traps_install(const uint64_t *table, uint8_t *upcall_mask);
 /* cdef end */
 #pragma GCC visibility pop
 

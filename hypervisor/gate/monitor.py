@@ -38,7 +38,7 @@ FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS = 3, 4, 5, 6, 7  #
 FD_M2P = 13  # until it is mapped
 MAX_COMMANDS = 64  # sent at a time
 COMMAND = struct.Struct("<7Q")
-TABLE, BLOB = PAGE_SIZE, 2 * PAGE_SIZE
+TABLE, BLOB, TRAPS = PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE
 ACK_SECONDS = 2.0
 ACK_NS = int(ACK_SECONDS * 1e9)
 U64_MASK = (1 << 64) - 1
@@ -279,6 +279,11 @@ class Monitor:
             (SYS_PRCTL, 38, 1, 0, 0, 0),  # PR_SET_NO_NEW_PRIVS
             (SYS_SECCOMP, 1, 0, KERNEL_WINDOW + COMMANDS + BLOB + 32),
         ])  # fmt: skip
+
+    def set_trap(self, vector: int, word: int) -> None:
+        """An entry of the trap table that the entry code reads, in one store: an exception may be entering it now."""
+        with memoryview(self._page)[TRAPS : TRAPS + PAGE_SIZE] as page, page.cast("Q") as words:
+            words[vector] = word
 
     def _blob(self, offset: int, data: bytes) -> None:
         assert offset + len(data) <= PAGE_SIZE

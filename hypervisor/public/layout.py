@@ -26,7 +26,8 @@ HYPERVISOR_VIRT_START = SPACE_BYTES - (64 << 20)
 
 MONITOR_CODE = HYPERVISOR_VIRT_START
 COMMANDS = HYPERVISOR_VIRT_START + PAGE_SIZE
-COMMAND_PAGES = 3  # commands, the table of answers, filter programs
+COMMAND_PAGES = 4  # commands, the table of answers, filter programs, the trap table
+TRAP_TABLE = COMMANDS + 3 * PAGE_SIZE  # a u64 for each vector (traps.py): read by the entry code, written by the hypervisor
 M2P = HYPERVISOR_VIRT_START + (1 << 20)
 M2P_BYTES = 62 << 20  # at most: 8,126,464 frames, 31 GiB
 SHARED_INFO = SPACE_BYTES - PAGE_SIZE

@@ -30,7 +30,8 @@
 #define RING1_HYPERVISOR_VIRT_START 0x7ffc000000 /* the top 64 MB */
 #define RING1_MONITOR_CODE 0x7ffc000000
 #define RING1_COMMANDS 0x7ffc001000
-#define RING1_COMMAND_PAGES 3
+#define RING1_COMMAND_PAGES 4
+#define RING1_TRAP_TABLE 0x7ffc004000
 #define RING1_M2P 0x7ffc100000             /* u64 pfn of every machine frame, read-only */
 #define RING1_M2P_BYTES 0x3e00000          /* at most */
 #define RING1_SHARED_INFO 0x7ffffff000     /* the last page, read-write */

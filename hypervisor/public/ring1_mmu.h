@@ -65,11 +65,15 @@ RING1_SIZE(mmuext_op, 24); RING1_AT(mmuext_op, cmd, 0); RING1_AT(mmuext_op, arg1
 /* ---- exceptions */
 
 #define RING1_VECTOR_PAGE_FAULT 14
+#define RING1_VECTOR_INT80 0x80
 #define RING1_PF_PRESENT 1                 /* bits of the error code, as the guest's own tables have it */
 #define RING1_PF_WRITE 2
 #define RING1_PF_USER 4
 #define RING1_PF_FETCH 16
-#define RING1_PF_STORE (1ull << 32)        /* of a message on RING1_FD_FAULT alone */
+#define RING1_PF_STORE (1ull << 32)        /* of a message on RING1_FD_FAULT alone, as the next two */
+#define RING1_PF_DELIVERY (1ull << 33)
+#define RING1_PF_UNHANDLED (1ull << 34)
+#define RING1_PF_VECTOR_SHIFT 40
 #define RING1_RETRY 0                      /* verdicts of the hypervisor on a fault: run it again, */
 #define RING1_SKIP 2                       /* or it was done as a request, or */
 #define RING1_BOUNCE 1                     /* enter the handler, */

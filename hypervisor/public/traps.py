@@ -4,6 +4,17 @@
 
 An array of them ends with one whose address is 0. An address is one of the kernel's process (a host address).
 
+An exception that is no page fault enters its handler at once, in the process where it happened: no message, no hypercall. The
+table is read from TRAP_TABLE, a page that only the hypervisor can write: a word for each vector, 0 where there is no handler
+
+    bits 0-47 address   48 mask events on entry   49-50 DPL
+
+Raised by the host are 0 divide error, 1 debug (single step), 3 breakpoint, 4 overflow (int $4), 6 invalid opcode, 12 stack, 13
+general protection (a privileged instruction, an address that is not canonical), 16 and 19 floating point, 17 alignment. Any
+other n is entered by `int n` if its DPL is not 0, as from ring 1; 0x80 is the host's own. The frame is as the hardware pushes
+it, without the error code where the vector has none (Intel SDM, volume 3, 6.13); rip is that of the instruction, or behind it
+for 1, 3, 4 and `int n`. Without a handler, or where a frame cannot be pushed ("double fault"), the domain ends.
+
 A page fault goes to the hypervisor first. What the guest's tables allow, it maps, and the access runs again; the rest is
 bounced to the guest's handler of vector 14. On entry the handler's stack is that of the interrupted code, below its red
 zone, and holds what the hardware would push; `iretq` ends it:
@@ -41,13 +52,27 @@ FAULT = struct.Struct("<5Q")
 VERDICT = struct.Struct("<IIQ")
 assert (TRAP_INFO.size, FAULT.size, VERDICT.size) == (16, 40, 16)
 
-VECTOR_PAGE_FAULT = 14
+VECTOR_PAGE_FAULT, VECTOR_INT80 = 14, 0x80
 PF_PRESENT, PF_WRITE, PF_USER, PF_FETCH = 1, 2, 4, 16
-PF_STORE = 1 << 32  # of a message alone
+PF_STORE = 1 << 32  # of a message alone, as the next two:
+PF_DELIVERY = 1 << 33  # while the frame of the exception `error >> PF_VECTOR_SHIFT & 255` was pushed
+PF_UNHANDLED = 1 << 34  # no page fault: that exception has no handler
+PF_VECTOR_SHIFT = 40
 TI_DPL, TI_MASK_EVENTS = 3, 4
 MAX_TRAPS = 256
 RETRY, BOUNCE, SKIP = 0, 1, 2
 RED_ZONE, FRAME_BYTES = 128, 48
+
+
+NAMES = {
+    0: "divide error", 1: "debug", 3: "breakpoint", 4: "overflow", 5: "bound range", 6: "invalid opcode", 12: "stack fault",
+    13: "general protection", 14: "page fault", 16: "floating point", 17: "alignment check", 19: "SIMD floating point",
+}  # fmt: skip
+
+
+def trap_word(address: int, masks_events: bool, dpl: int) -> int:
+    """An entry of TRAP_TABLE."""
+    return address | masks_events << 48 | dpl << 49
 
 
 class VmassCommand(IntEnum):
@@ -66,8 +91,8 @@ class VmassType(IntEnum):
 class SetTrapTable(Hypercall[None]):
     """Register the handlers listed at `address`, entry by entry; 0 forgets them all. Entries before a bad one stand.
 
-    This version delivers vector 14 alone; every other is Invalid. Raises BadAddress, TooBig (MAX_TRAPS), Invalid (a vector, a
-    flag, a code selector whose ring is 0, an address that is not canonical or is the hypervisor's).
+    Raises BadAddress, TooBig (MAX_TRAPS), Invalid (vector 0x80, a flag, a code selector whose ring is 0, an address that is not
+    canonical or is the hypervisor's).
     """
 
     OP = OP_SET_TRAP_TABLE

@@ -27,6 +27,7 @@ from tests.native.build import HERE, KERNELS, BuildError, build, compile_object
 from tests.native.machine import FRAMES, GRANT_REF, GRANTED, GRANTER, TRANSFER_REF
 
 SIGSYS, SIGSEGV, PAGE_FAULT = "SIGSYS: ", "SIGSEGV: ", "page fault at guest address "
+GENERAL_PROTECTION = "general protection (13) at "
 FATAL = {
     **dict.fromkeys(
         "ptrace process_vm_readv process_vm_writev pidfd_open io_uring userfaultfd bpf x32".split(), SIGSYS
@@ -38,7 +39,7 @@ FATAL = {
         """.split(),
         PAGE_FAULT,
     ),
-    **dict.fromkeys("cli hlt cr3 out".split(), SIGSEGV),
+    **dict.fromkeys("cli hlt cr3 out".split(), GENERAL_PROTECTION),
 }  # fmt: skip
 FATAL_EITHER_WAY = "int80"  # SIGSEGV on a host kernel without 32-bit calls
 

@@ -243,7 +243,6 @@ def test_without_a_handler_it_ends(hv: Machine) -> None:
 @pytest.mark.parametrize(
     "attack",
     [
-        "cli",
         "movq $0,0",
         "mov $39,%eax\n syscall\n mov %eax,%edi\n mov $11,%esi\n mov $62,%eax\n syscall",  # kill(getpid(), SIGSEGV)
         "mov $3,%eax\n mov $12,%edi\n syscall",  # close(FD_FAULT)
@@ -254,6 +253,15 @@ def test_what_is_no_page_fault_kills(tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         status = hv.go()
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV and not hv.ends
+    finally:
+        hv.close()
+
+
+def test_an_exception_that_nobody_handles_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hv = machine(tmp_path, monkeypatch, "cli")
+    try:
+        assert hv.go() == -1 and len(hv.ends) == 1
+        assert re.fullmatch(r"general protection \(13\) at 0x[0-9a-f]+, and no handler", hv.ends[0])
     finally:
         hv.close()
 
