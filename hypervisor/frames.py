@@ -27,7 +27,7 @@ from typing import Any
 
 from hypervisor._hv import ffi, lib
 from hypervisor.public.errors import NoMemory
-from hypervisor.public.mmu import ENTRIES, PageType, Pte
+from hypervisor.public.mmu import ENTRIES, PageType, Pte, mfn_of
 
 NO_OWNER: int = lib.NO_OWNER
 NO_MFN: int = lib.NO_MFN
@@ -135,6 +135,10 @@ class FrameTable:
             self.owned[domid] += len(mfns)
             self.nr_free -= len(mfns)
 
+    def owned_by(self, mfn: int, domid: int) -> bool:
+        """It is a frame of the machine, and of that domain. Any number will do."""
+        return mfn < self.nr_frames and bool(self.frame[mfn].owner == domid)
+
     def is_idle(self, mfn: int) -> bool:
         """Its allocation is its only reference: it may leave."""
         f = self.frame[mfn]
@@ -234,7 +238,7 @@ class FrameTable:
             assert not mapped or (live and entry & Pte.PRESENT), f"I8: mfn {table}, entry {slot}"
             if not entry & Pte.PRESENT:
                 continue
-            mfn = entry >> 12 & (1 << 40) - 1
+            mfn = mfn_of(entry)
             child = self.frame[mfn]
             total[mfn] += 1
             assert child.owner == f.owner, f"I6: mfn {table}, entry {slot}"

@@ -46,7 +46,7 @@ def machphys_mapping(hv: Hypervisor, caller: Domain, call: abi.MachphysMappingCa
 
 def may_leave(hv: Hypervisor, domain: Domain, mfn: int) -> bool:
     """It is the domain's, and nobody uses it."""
-    return mfn < hv.frames.nr_frames and hv.frames.frame[mfn].owner == domain.domid and hv.frames.is_idle(mfn)
+    return hv.frames.owned_by(mfn, domain.domid) and hv.frames.is_idle(mfn)
 
 
 def discard(hv: Hypervisor, mfn: int) -> None:
@@ -104,6 +104,13 @@ def _allocate(hv: Hypervisor, domain: Domain, count: int, order: int) -> list[in
     return got
 
 
+def _give_back(hv: Hypervisor, got: list[int], order: int) -> None:
+    """Extents that were allocated a moment ago, and that nobody has been told of."""
+    for first in got:
+        for mfn in range(first, first + (1 << order)):
+            hv.frames.release(mfn)
+
+
 def _name(hv: Hypervisor, first: int, order: int, pfn: int) -> None:
     """Tell the M2P which pfns an extent's frames are; whoever says INVALID_PFN names none."""
     for i in range(1 << order):
@@ -126,9 +133,7 @@ def _come(hv: Hypervisor, caller: Domain, address: int, order: int, pfns: list[i
     try:
         guest_access.copy_out(hv, caller, address, array("Q", got).tobytes())
     except Exception:
-        for first in got:
-            for mfn in range(first, first + (1 << order)):
-                hv.frames.release(mfn)
+        _give_back(hv, got, order)
         raise
     for first, pfn in zip(got, pfns, strict=False):
         _name(hv, first, order, pfn)
@@ -156,9 +161,7 @@ def exchange(hv: Hypervisor, caller: Domain, call: abi.Exchange) -> int:
             got.append(hv.frames.allocate_extent(caller.domid, call.out_order)[0])
         guest_access.copy_out(hv, caller, call.out_address, array("Q", got).tobytes())
     except Exception:
-        for first in got:
-            for mfn in range(first, first + (1 << call.out_order)):
-                hv.frames.release(mfn)
+        _give_back(hv, got, call.out_order)
         raise
 
     for mfn in leaving:

@@ -22,7 +22,7 @@ from hypervisor.loop import Steps
 from hypervisor.public import mmu as abi
 from hypervisor.public.errors import Invalid, NoSuchDomain, NotImplementedCall, NotPermitted, TooBig, XenError
 from hypervisor.public.layout import SPACE_BYTES
-from hypervisor.public.mmu import EXT_OP, L2_SHIFT, L3_SHIFT, UPDATE, MmuextCommand, PageType, Pte
+from hypervisor.public.mmu import EXT_OP, L2_SHIFT, L3_SHIFT, UPDATE, MmuextCommand, PageType, Pte, mfn_of
 from hypervisor.public.types import MAX_BATCH, PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ SLOTS = abi.ENTRIES - 1
 FEW_CHANGES = 32  # of host mappings in a step while others want something
 AD = int(Pte.A | Pte.D)
 PIN_LEVELS = {MmuextCommand.PIN_L1: PageType.L1, MmuextCommand.PIN_L2: PageType.L2, MmuextCommand.PIN_L3: PageType.L3}
-
-
-def mfn_of(entry: int) -> int:
-    return (entry & abi.MFN_MASK) >> PAGE_SHIFT
 
 
 def _tables_of(hv: Hypervisor, caller: Domain, domid: int) -> Domain:
@@ -211,7 +207,7 @@ def _extended(hv: Hypervisor, caller: Domain, domain: Domain, command: int, firs
 
 
 def _own(hv: Hypervisor, domain: Domain, mfn: int) -> int:
-    if mfn >= hv.frames.nr_frames or hv.frames.frame[mfn].owner != domain.domid:
+    if not hv.frames.owned_by(mfn, domain.domid):
         raise Invalid(f"frame {mfn:#x} is not the domain's")
     return mfn
 

@@ -41,7 +41,7 @@ def set_gdt(hv: Hypervisor, caller: Domain, call: abi.SetGdt) -> Steps:
 
 
 def _check_own(hv: Hypervisor, caller: Domain, mfn: int) -> None:
-    if mfn >= hv.frames.nr_frames or hv.frames.frame[mfn].owner != caller.domid:
+    if not hv.frames.owned_by(mfn, caller.domid):
         raise Invalid(f"frame {mfn:#x} is not the domain's")
 
 

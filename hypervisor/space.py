@@ -17,7 +17,7 @@ from hypervisor.gate.monitor import COMMAND, FD_MACHINE_RO, FD_MACHINE_RW, Monit
 from hypervisor.loop import Steps, Wait
 from hypervisor.public.errors import BY_ERRNO, XenError
 from hypervisor.public.layout import GRANT_BASE, HYPERVISOR_VIRT_START, KERNEL_WINDOW, NR_WINDOWS, SPACE_BYTES
-from hypervisor.public.mmu import ENTRIES, L3_SHIFT, PageType
+from hypervisor.public.mmu import ENTRIES, L3_SHIFT, PageType, mfn_of
 from hypervisor.public.start_info import SHARED_WINDOW
 from hypervisor.public.traps import PF_FETCH, PF_WRITE
 from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
@@ -106,7 +106,7 @@ def _throw_out(hv: Hypervisor, domain: Domain, window: int, root: int) -> Steps:
             slot = lib.mmu_next(mmu, root, slot)
             if slot == ENTRIES:
                 break
-            lib.mmu_unmark(mmu, lib.mmu_entry(mmu, root, slot) >> PAGE_SHIFT & (1 << 40) - 1)
+            lib.mmu_unmark(mmu, mfn_of(lib.mmu_entry(mmu, root, slot)))
             slot += 1
         to = min(slot << L3_SHIFT, end) if slot < ENTRIES else end
         yield from _take_away(domain, window * SPACE_BYTES + at, to - at)
@@ -192,7 +192,7 @@ def show_all(hv: Hypervisor, domain: Domain, table: int) -> Steps:
     if hv.frames.frame[table].type != PageType.L1:
         i = lib.mmu_next(mmu, table, 0)
         while i < ENTRIES and domain.space.changes < TLB_CHANGES // 2:
-            yield from show_all(hv, domain, lib.mmu_entry(mmu, table, i) >> PAGE_SHIFT & (1 << 40) - 1)
+            yield from show_all(hv, domain, mfn_of(lib.mmu_entry(mmu, table, i)))
             i = lib.mmu_next(mmu, table, i + 1)
         return
     while slot[0] < ENTRIES:
@@ -212,7 +212,7 @@ def dump(hv: Hypervisor, domain: Domain) -> dict[int, tuple[int, bool]]:
             entry = lib.mmu_entry(mmu, table, slot)
             if not entry & 1:
                 continue
-            mfn = entry >> PAGE_SHIFT & (1 << 40) - 1
+            mfn = mfn_of(entry)
             if level != PageType.L1:
                 below(mfn, rights & entry)
             elif lib.mmu_is_mapped(mmu, table, slot):

@@ -135,3 +135,8 @@ class MmuextOp(Hypercall[int]):
 def entry(mfn: int, flags: int) -> int:
     """A page-table entry."""
     return mfn << PAGE_SHIFT | flags
+
+
+def mfn_of(entry: int) -> int:
+    """The frame that a page-table entry names."""
+    return (entry & MFN_MASK) >> PAGE_SHIFT

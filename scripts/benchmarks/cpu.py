@@ -1,8 +1,8 @@
-"""The CPU: clock and timers (rows t), and the scheduler (rows s), against what the host's own clock, timers and scheduler do.
+"""The CPU: time (rows t), exceptions (x) and the scheduler (s), against what the host's own kernel does.
 
-t1 a read of system time, no call; t2 how late a timer is on an idle machine. The rows s have everything on one host CPU: s1
-weights 3 to 1; s2 a cap of 30 percent; s3 ten equal domains, and s4 what that costs; s5 how late a sleeper runs beside busy
-domains, with warp and without. A share is off by so many percent of what it should be.
+t1 a read of system time, no call; t2 how late a timer is on an idle machine; x1 an exception, its handler, and back. The rows
+s have everything on one host CPU: s1 weights 3 to 1; s2 a cap of 30 percent; s3 ten equal domains, and s4 what that costs; s5
+how late a sleeper runs beside busy domains, with warp and without. A share is off by so many percent of what it should be.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.guest import BATCH, DOZE_NS, NAP_NS
-from scripts.benchmarks.harness import Row, cpus, hog, result, start
+from scripts.benchmarks.harness import BUILD, Row, compiled, cpus, hog, result, start
 from scripts.benchmarks.host import Guest, host
+from tests.native.build import build
 
 NICE_WEIGHTS = 1024 / 335  # of nice 0 and nice 5, by the host kernel's table
 MANY, BUSY, CAP = 10, 3, 30
@@ -108,6 +110,27 @@ def late(count: int, warp_us: int) -> float:
     return ns / 1e3
 
 
+@cache
+def exceptions() -> Path:
+    """A native kernel that handles its own."""
+    folder = BUILD / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return build("traps", folder)
+
+
+def exception() -> float:
+    """us."""
+    guest = host().guest("raise=bench", cpus()[0], exceptions())
+    host().connection.ask("unpause", name=guest.name)
+    return float(guest.said()["ns"]) / 1e3
+
+
+def exception_of_the_host() -> float:
+    here = Path(__file__).parent
+    _, lib = compiled(here / "traps.c", [], here)
+    return float(result(*start(lambda: lib.host_exception(100_000), cpus()[0]))) / 1e3
+
+
 def alone(what: str, count: int, figure: str) -> float:
     """ns, of a domain that has a CPU to itself."""
     one, other = cpus()
@@ -184,6 +207,8 @@ def rows(quick: bool) -> list[Row]:
             lambda: max(1.0, alone("nap", 6 * count, "p99")) / 1e3,
             partial(naps, 6 * count, NAP_NS, 0, lambda ns: p99(ns) / 1e3),
             "a bare process's time.sleep", gate=2000, absolute=True),
+        Row("x1", "a breakpoint, the guest's handler, and back", "us", "less", exception, exception_of_the_host,
+            "a SIGTRAP handler of a bare process"),
         Row("s1", "weights 3 to 1", "% off", "less", partial(shares, three, short), partial(processes, [0, 5], short / 2),
             f"nice 0 and 5, by {cfs}", gate=5, absolute=True),
         Row("s2", f"a cap of {CAP} %", "points off", "less", partial(capped, short), lambda: 1.0, "one point", gate=1,
