@@ -302,9 +302,10 @@ class SharedRing:
             except WouldBlock:
                 if self._side == BACK or not self._may_wait():
                     raise
-            short = self.pending + n - self.nr_ents
+            pending = self.pending  # once: to ask takes answers, and whoever waits for those that were taken waits for ever
+            short = pending + n - self.nr_ents
             if short > 0:
-                yield max(short, self.pending // 2) if not self.received_size else short
+                yield max(short, pending // 2) if not self.received_size else short
 
     def _draining(self) -> Iterator[int]:
         if self.received_size or self._side == BACK:

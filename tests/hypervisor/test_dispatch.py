@@ -26,6 +26,7 @@ from hypervisor.public.hypercall import ALL, WITH_CMD, Hypercall, decode_message
 from hypervisor.public.layout import GRANT_BASE, KERNEL_PFN, virt
 from hypervisor.public.memory import Exchange
 from hypervisor.public.sched import SchedBlock, SchedShutdown, SchedYield, SetTimer
+from hypervisor.public.scheduler import SchedulerOp
 from hypervisor.public.types import CONSOLE_BYTES, DOMID_SELF, MAX_BATCH, MESSAGE_BYTES, NAME_BYTES, Bits, Data
 from hypervisor.public.version import Multicall, XenExtraVersion, XenPageSize, XenVersion
 from tests.conftest import NIGHTLY

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -454,3 +454,37 @@ def test_seeded_defects_are_caught(
 ) -> None:
     with pytest.raises(CAUGHT):
         defect(monkeypatch, tmp_path)
+
+
+def putting_that_asks_twice(ring: SharedRing, batch: bytes, spin_ns: int) -> Iterator[int]:
+    """The seeded defect: the answers that the second asking takes are waited for afterwards."""
+    while True:
+        try:
+            return ring._publish(batch, spin_ns)
+        except WouldBlock:
+            pass
+        if (short := ring.pending + len(batch) // SIZE - ring.nr_ents) > 0:
+            yield max(short, ring.pending // 2)
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_who_waits_for_room_waits_for_answers_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch, defect: bool) -> None:
+    """Whoever asks how many are pending takes the answers that are there; here the peer answers right behind each asking."""
+    monkeypatch.setattr(shared, "LOOK_SECONDS", TIMEOUT)
+    if defect:
+        monkeypatch.setattr(SharedRing, "_putting", putting_that_asks_twice)
+    with both(pages=1) as (front, back):
+        front.put(records(0, front.nr_ents))
+        asked = SharedRing.pending.fget
+        assert asked is not None
+
+        def pending(ring: SharedRing) -> int:
+            number: int = asked(ring)
+            while back.take():  # and once more, which tells the front that all were taken
+                pass
+            return number
+
+        monkeypatch.setattr(SharedRing, "pending", property(pending))
+        front.put(records(1, 1), SOON)
+        monkeypatch.undo()
+        assert front.statistics.sleeps == defect, "there was room all the time"
