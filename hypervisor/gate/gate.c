@@ -151,11 +151,15 @@ void brk_heap_only(void)
     PyObject_SetArenaAllocator(&arenas);
 }
 
+/* Of SIGCHLD, ends alone: a child that the scheduler stops would have its parent look for one, twice a switch. */
 long open_signalfd(int sig, int fd)
 {
+    struct sigaction ends = {.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDSTOP};
     sigset_t set;
     int made;
 
+    if (sig == SIGCHLD && sigaction(SIGCHLD, &ends, 0))
+        return -errno;
     sigemptyset(&set);
     sigaddset(&set, sig);
     if (sigprocmask(SIG_BLOCK, &set, 0))

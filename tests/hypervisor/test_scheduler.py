@@ -180,8 +180,9 @@ def beside(host: Host, **params: int) -> tuple[Domain, Domain]:
     busy, sleeper = host.domain(), host.domain(SLEEP, **params)
     host.domain(weight=1)
     host.until(lambda: host.state(sleeper) == "idle" and host.state(busy) == "on" and host.scheduler.arbitrating)
-    for domain in host.domains:  # nobody is ahead of anybody
-        domain.share.virtual = 0
+    for seat in host.scheduler._seats.values():  # nobody is ahead of anybody, and whoever runs wants a CPU to itself
+        seat.share.virtual, seat.share.demand = 0, 1.0
+        host.scheduler._begin(seat, time.monotonic_ns())
     return busy, sleeper
 
 
