@@ -26,6 +26,7 @@ from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
 from hypervisor.loop import Loop, Timer
 from hypervisor.public import scheduler as abi
+from hypervisor.public.clock import RunState
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid
 from hypervisor.public.scheduler import SchedulerCommand
@@ -197,7 +198,9 @@ class Scheduler:
         seat.share.demand += (min(1.0, used) - seat.share.demand) * weight
         if seat.share.demand < bvt.FULL:
             seat.share.catch_up(self._wanting(), bvt.LAG_NS)
-        if seat.share.demand < ASLEEP:
+        if seat.share.demand < ASLEEP and seat.process.run_state() != RunState.BLOCKED:
+            seat.share.demand = 1.0  # a busy host let it wait, which schedstat says only once it has run
+        elif seat.share.demand < ASLEEP:
             seat.state = State.IDLE
             seat.share.unwarp(now)
             seat.domain.on_wake = lambda: self._woken(seat)

@@ -178,8 +178,8 @@ def test_virtual_time_stands_still_while_it_is_stopped_and_the_four_add_up(host:
 def beside(host: Host, **params: int) -> tuple[Domain, Domain]:
     """A busy domain, and one that sleeps; a third keeps the scheduler at work."""
     busy, sleeper = host.domain(), host.domain(SLEEP, **params)
-    host.domain(weight=1)
-    host.until(lambda: host.state(sleeper) == "idle" and host.state(busy) == "on" and host.scheduler.arbitrating)
+    third = host.domain()
+    host.until(lambda: (host.state(sleeper), host.state(busy), host.state(third)) == ("idle", "on", "off"))
     for seat in host.scheduler._seats.values():  # nobody is ahead of anybody, and whoever runs wants a CPU to itself
         seat.share.virtual, seat.share.demand = 0, 1.0
         host.scheduler._begin(seat, time.monotonic_ns())
