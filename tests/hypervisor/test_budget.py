@@ -94,9 +94,12 @@ def test_somebody_else_wants_it(monkeypatch: pytest.MonkeyPatch, three: tuple[Do
     assert not demand.others(a) and not demand.others(b), "nobody has for a while"
 
 
-def test_who_was_woken_by_an_event_of_its_has_no_claim_against_it(three: tuple[Domain, Domain, Domain]) -> None:
+def test_who_was_woken_by_an_event_of_its_has_no_claim_against_it(
+    monkeypatch: pytest.MonkeyPatch, three: tuple[Domain, Domain, Domain]
+) -> None:
     a, b, c = three
-    demand, now = Demand(), time.monotonic_ns()
+    demand, now = Demand(), 10**9
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
     for _ in range(3):
         for one, other in ((a, b), (b, a)):
             one.woken_by = other
@@ -109,8 +112,9 @@ def test_who_was_woken_by_an_event_of_its_has_no_claim_against_it(three: tuple[D
     assert demand.others(a), "an event excuses the first thing that is asked for"
 
 
-def test_it_remembers_no_more_than_it_must(three: tuple[Domain, Domain, Domain]) -> None:
-    demand, now = Demand(), time.monotonic_ns()
+def test_it_remembers_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    demand, now = Demand(), 10**9
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
     many = [Domain(i, f"dom{i}", CreateFlags.NONE) for i in range(2 * MAX_ASKED)]
     for domain in many:
         demand.asked(domain, now)
