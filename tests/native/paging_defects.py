@@ -89,7 +89,8 @@ class Changed:
 
 @functools.cache
 def changed() -> Changed:
-    return Changed(Path(tempfile.mkdtemp()) / "changed.so")
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded needs no name any more
+        return Changed(Path(folder) / "changed.so")
 
 
 @contextlib.contextmanager
