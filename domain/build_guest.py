@@ -16,8 +16,8 @@ for header in (ROOT / "ringlib" / "spin.h", HERE / "guest.h"):
 ffibuilder.set_source(
     "domain._guest",
     '#include "guest.h"',
-    sources=[os.path.relpath(HERE / name, ROOT) for name in ("guest.c", "fault.c")],
-    include_dirs=[str(HERE), str(ROOT / "ringlib")],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in ("guest.c", "fault.c", "user.c")],
+    include_dirs=[str(HERE), str(ROOT / "ringlib"), str(ROOT / "hypervisor" / "public")],
     libraries=["rt"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"],
 )

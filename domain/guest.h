@@ -42,6 +42,29 @@ int64_t gva_copy(void *to, const void *from, uint64_t size);
 int64_t gva_store(void *to, uint64_t value);
 uint64_t fault_handler(int32_t request, int32_t reply, const void *message, uint32_t size, uint32_t cr2_at, uint32_t error_at,
                        uint32_t rip_at, const void *cr2);
+#define USER_SYSCALL 0
+#define USER_FAULT 1
+#define USER_EXCEPTION 2
+#define USER_TIMEOUT 3
+#define USER_UPCALL 4
+#define USER_DEAD 5
+#define USER_LATE 6
+#define USER_STALE 7
+struct user { /* the space of a program, as its kernel knows it; user.c */
+    char *control; /* the control region, in this kernel's memory */
+    void *shared_info;
+    uint64_t frame, fpu; /* offsets in the region, for good */
+    uint32_t fpu_bytes, upcall;
+    uint64_t registers[27]; /* struct user_regs_struct */
+    uint64_t number, arguments[6], address;
+    uint32_t native, error, vector;
+    uint32_t told; /* 1: it was told to give the CPU back, and has not yet */
+    uint64_t traps; /* so far */
+};
+int32_t user_init(void);
+int32_t user_begin(struct user *u, int64_t ns);
+int32_t user_run(struct user *u, int64_t ns);
+int32_t user_wait(struct user *u, int64_t ns);
 int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f);
 /* cdef end */
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hypervisor import evtchn
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
-from hypervisor.domain import Domain
+from hypervisor.domain import Domain, Process
 from hypervisor.loop import Loop
 from hypervisor.public import clock as abi
 from hypervisor.public.clock import TIME_STABLE, RunState, RunStateInfo
@@ -149,8 +149,11 @@ def _look_at_virtual(hv: Hypervisor, domain: Domain, deadline: int) -> None:
 
 
 def virtual_ns(domain: Domain) -> int:
-    """What its process has run."""
-    process = domain.process
+    """What its processes have run."""
+    return domain.users_cpu_ns + sum(map(_ran, (domain.process, *domain.programs)))
+
+
+def _ran(process: Process | None) -> int:
     if process is None:
         return 0
     if process.ended:

@@ -29,6 +29,7 @@ from hypervisor import (
     segments,
     sysctl,
     traps,
+    user,
     version,
 )  # fmt: skip
 from hypervisor._hv import ffi
@@ -65,7 +66,8 @@ from hypervisor.scheduler import Scheduler
 from hypervisor.zygote import Zygote
 
 MODULES = [  # who serves calls
-    callring, clock, console, dispatch, domctl, evtchn, grant, memory, mmu, sched, scheduler, segments, sysctl, traps, version,
+    callring, clock, console, dispatch, domctl, evtchn, grant, memory, mmu, sched, scheduler, segments, sysctl, traps, user,
+    version,
 ]  # fmt: skip
 DOM0_FRAMES = 2048
 UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
@@ -95,6 +97,7 @@ class Hypervisor:
         self.smaps_fd = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
         self.descriptors, self._dom0_descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.descriptors.setblocking(False)
+        self.users = user.Zygote(self)
         self.zygote = Zygote(self.loop, self.children.adopt, self.log, self.panic)
 
     def make_tables(self) -> None:
@@ -143,6 +146,7 @@ class Hypervisor:
     def run(self) -> str:
         """Until dom0 shuts the machine down or dies; returns why."""
         self.host.drop_privileges()
+        self.users.start()
         self.clock.serve(self.domains)
         while not self._stopped:
             self.loop.step()
@@ -186,6 +190,7 @@ class Hypervisor:
         """Watch what it may say next, hypercalls and page faults, or stop watching, as its state asks."""
         hypercall.listen(self, domain)
         fault.listen(self, domain)
+        user.listen(self, domain)
 
     def lookup(self, domid: int) -> Domain:
         """A living domain. Raises NoSuchDomain; a dead one's record is found too, as Xen finds a dying domain."""
@@ -217,13 +222,14 @@ class Hypervisor:
     def cpu_ns(self, domain: Domain) -> int:
         """CPU time of a domain's process and monitor so far, by their own clocks."""
         total = 0
-        for process in (domain.process, domain.monitor_process):
+        for process in (domain.process, domain.monitor_process, *user.processes(domain)):
             if process is None:
                 continue
             try:
                 total += process.cpu_ns if process.ended else time.clock_gettime_ns((~process.pid << 3) | 2)
             except OSError:
                 pass
+        total += domain.users_cpu_ns
         domain.cpu_ns = max(domain.cpu_ns, total)
         return domain.cpu_ns
 

@@ -22,6 +22,7 @@ from hypervisor.space import Space
 
 if TYPE_CHECKING:
     from hypervisor.grant import GrantMapping
+    from hypervisor.user import User
 
 DOM0 = 0
 PACE = 1000  # signals a second that one end of a channel may cost the other, beyond EVT_BURST and those that are answered
@@ -105,6 +106,7 @@ class Domain:
         self.launched = False
         self.launched_ns = self.paused_ns = self.offline_ns = 0  # CLOCK_MONOTONIC; since when it is paused; paused in all
         self.share = Share()  # of the CPUs
+        self.home, self.cpus = -1, frozenset[int]()  # the CPU that it and its applications share; those it may be moved to
         self.stolen_ns = self.stopped_ns = 0  # how long the scheduler had it stopped, in all; since when it has
         self.on_wake: Callable[[], None] | None = None  # it sleeps, and the scheduler wants to be told when an event wakes it
         self.reason = ""
@@ -120,6 +122,7 @@ class Domain:
         self.grant_frames: list[int] = []  # of its table
         self.held: list[int] = []  # frames of it that the hypervisor writes: they cannot become tables, nor leave
         self.space = Space()
+        self.users: dict[int, User] = {}  # applications' processes, by the window that each one is
         self.gdt: list[int] = []  # frames of its descriptor table
         self.monitor: Monitor | None = None
         self.entry = 0
@@ -156,6 +159,7 @@ class Domain:
         self.hypercalls = 0
         self.faults = self.fills = self.bounces = 0  # page faults told of; answered with a mapping, or by the handler
         self.cpu_ns = 0
+        self.users_cpu_ns = 0  # of applications' processes that are gone
 
     def __repr__(self) -> str:
         return f"{self.name}({self.domid})"
@@ -163,6 +167,17 @@ class Domain:
     @property
     def alive(self) -> bool:
         return self.state in ("building", "paused", "running")
+
+    @property
+    def programs(self) -> list[Process]:
+        """The processes of its applications."""
+        return [user.process for user in self.users.values() if user.process is not None]
+
+    def signal(self, number: int) -> None:
+        """To all of its processes; its monitors go on."""
+        for process in (self.process, *self.programs):
+            if process is not None:
+                process.signal(number)
 
     @property
     def shared_info(self) -> Any:

@@ -101,7 +101,7 @@ def pause(hv: Hypervisor, caller: Domain, call: abi.PauseDomain) -> None:
         raise Invalid(f"domain {domain.domid} is {domain.state}")
 
     hv.scheduler.leave(domain)
-    domain.process.signal(signal.SIGSTOP)
+    domain.signal(signal.SIGSTOP)
     domain.state, domain.paused_ns = "paused", time.monotonic_ns()
 
 
@@ -118,7 +118,7 @@ def unpause(hv: Hypervisor, caller: Domain, call: abi.UnpauseDomain) -> None:
     if domain.launched:
         domain.offline_ns += time.monotonic_ns() - domain.paused_ns
         domain.state, domain.paused_ns = "running", 0
-        domain.process.signal(signal.SIGCONT)
+        domain.signal(signal.SIGCONT)
         hv.scheduler.enter(domain)
     else:
         lifecycle.launch(hv, domain)

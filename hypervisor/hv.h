@@ -56,8 +56,8 @@ struct frame {
     uint16_t slot, owner;
     uint16_t done;          /* of a table: how many of its entries hold references, from the first on */
     uint8_t type, pinned;
-    uint8_t window, spare;  /* of a root: the window that shows it, plus one */
-    uint16_t spare2;
+    uint16_t window;        /* of a root: the window that shows it, plus one; from NR_WINDOWS on they are applications' */
+    uint16_t spare;
 };
 struct mmu {
     struct frame *frames;
@@ -91,6 +91,8 @@ struct host_change { /* `pages` from `at` on (an offset from the first window): 
     uint64_t at;
     uint32_t pages, mfn, writable, executable;
 };
+#define NR_WINDOWS 16
+uint32_t host_run(const struct host_change *changes, uint32_t n);
 void host_commands(const struct host_change *changes, uint32_t n, uint64_t base, int32_t rw, int32_t ro, void *out);
 #define JOB_REQUESTS 512
 #define JOB_FLUSH 1 /* let the host mappings follow, commit, and come back */
@@ -159,6 +161,7 @@ void clock_tell_wall(void *shared_info, uint64_t sec, uint32_t nsec);
 void scrub(void *at, uint64_t bytes);
 void copy_page(void *to, const void *from);
 int32_t current_cpu(void);
+void cell_dead(void *cell);
 /* cdef end */
 
 #endif

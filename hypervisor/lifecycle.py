@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import msgpack
 import posix_ipc
 
-from hypervisor import evtchn, fault, grant, memory, space, zygote
+from hypervisor import evtchn, fault, grant, memory, space, user, zygote
 from hypervisor._hv import ffi, lib
 from hypervisor.domain import DOM0, Domain, Process
 from hypervisor.gate.boot import BootConfig
-from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone, first_message
-from hypervisor.loop import Resume, Steps, Wait
+from hypervisor.gate.monitor import PROT_READ, PROT_WRITE, Monitor, MonitorError, MonitorGone
+from hypervisor.loop import Steps
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import NoSpace
 from hypervisor.public.layout import GRANT_BASE, GRANT_FRAMES, GRANT_PFN, SHARED_INFO, SHARED_INFO_PFN
@@ -89,7 +89,7 @@ def _start_process(hv: Hypervisor, domain: Domain, entry: str, descriptors: int)
             raise NoSpace("the zygote died")
         domain.process = hv.children.adopt(pid, lambda: _process_gone(hv, domain))
         monitor.handed_over()
-        message, fds = yield _first_message(hv, monitor)
+        message, fds = yield monitor.first_word(BOOT_SECONDS)
     finally:
         monitor.handed_over()
         for name in names[: 2 if domain.queues else 0]:
@@ -124,37 +124,6 @@ def _make_queues(hv: Hypervisor, names: list[str]) -> tuple[posix_ipc.MessageQue
             raise NoSpace(f"POSIX message queues: {error} (the limits are fs.mqueue.queues_max and RLIMIT_MSGQUEUE)") from None
         raise
     return made[0], made[1]
-
-
-def _first_message(hv: Hypervisor, monitor: Monitor) -> Wait:
-    """A Wait for (message, descriptors) of the child. Its death is seen by the monitor's fail_all."""
-
-    def wait(resume: Resume) -> None:
-        if monitor.gone:  # it died before we were told its pid: its burial waits on this very socket already
-            hv.loop.soon(lambda: resume(MonitorGone("died before it was ready")))
-            return
-        fd = monitor.sock.fileno()
-
-        def finish(value: object) -> None:
-            if timer.call is not None:
-                timer.cancel()
-                hv.loop.unwatch(fd)
-                monitor.on_gone = None
-                resume(value)
-
-        def look() -> None:
-            try:
-                finish(first_message(monitor.sock))
-            except BlockingIOError:
-                return
-            except (MonitorGone, OSError):
-                finish(MonitorGone("died before it was ready"))
-
-        timer = hv.loop.at(time.monotonic_ns() + int(BOOT_SECONDS * 1e9), lambda: finish(MonitorGone("start-up timed out")))
-        monitor.on_gone = lambda: finish(MonitorGone("died before it was ready"))
-        hv.loop.watch(fd, look)
-
-    return wait
 
 
 def _share(hv: Hypervisor, domain: Domain) -> Steps:
@@ -254,6 +223,8 @@ def end(hv: Hypervisor, domain: Domain, why: str) -> None:
             process.signal(signal.SIGKILL)
     if domain.monitor is not None:
         domain.monitor.fail_all()
+    for one in domain.users.values():
+        user.fall(hv, one, "its domain ended")
     hv.start(_bury(hv, domain))
 
 
@@ -264,7 +235,10 @@ def _bury(hv: Hypervisor, domain: Domain) -> Steps:
     for process in (domain.process, domain.monitor_process):
         if process is not None:
             yield process.exited
+    for one in domain.users.values():
+        yield one.gone
     domain.cpu_ns = max(domain.cpu_ns, hv.cpu_ns(domain))
+    domain.users = {}
     grant.drop_all(hv, domain)
     yield from grant.take_back(hv, domain)
     domain.mfn_list, domain.held, domain.gdt = [], [], []

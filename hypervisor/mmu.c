@@ -91,16 +91,47 @@ static uint32_t add(struct host_change *list, uint32_t n, struct host_change c)
     return n + 1;
 }
 
+static uint64_t process_of(const struct host_change *c)
+{
+    uint64_t window = c->at >> SPACE_SHIFT;
+
+    return window < NR_WINDOWS ? 0 : window;
+}
+
+/* Without what is below USER_START, which the host maps nowhere; the bytes that are left. */
+static uint64_t clip(struct host_change *c)
+{
+    uint64_t first = (c->at & (((uint64_t)1 << SPACE_SHIFT) - 1)) >> 12, low = first < 16 ? 16 - first : 0;
+
+    if (low > c->pages)
+        low = c->pages;
+    c->at += low << 12;
+    c->mfn += c->mfn == NO_MFN ? 0 : (uint32_t)low;
+    return (uint64_t)(c->pages - low) << 12;
+}
+
+/* How many changes, from the first on, are of one process: a kernel's windows are, and each application's is one. */
+uint32_t host_run(const struct host_change *changes, uint32_t n)
+{
+    uint32_t i = 1;
+
+    while (i < n && process_of(&changes[i]) == process_of(&changes[0]))
+        i++;
+    return i;
+}
+
 /* As the monitor runs them (gate.c): mmap of shared frames, read-only ones through the read-only descriptor; or of nothing. */
 void host_commands(const struct host_change *changes, uint32_t n, uint64_t base, int32_t rw, int32_t ro, void *out)
 {
     uint64_t(*words)[7] = out;
 
     for (uint32_t i = 0; i < n; i++) {
-        const struct host_change *c = &changes[i];
-        uint64_t size = (uint64_t)c->pages << 12;
+        struct host_change clipped = changes[i], *c = &clipped;
+        uint64_t user = process_of(c), size = user ? clip(c) : (uint64_t)c->pages << 12;
 
-        if (c->mfn == NO_MFN)
+        if (user && (c->mfn == NO_MFN || !size))
+            memcpy(words[i], (uint64_t[7]){size ? SYS_munmap : SYS_mprotect, base + c->at, size}, sizeof words[0]);
+        else if (c->mfn == NO_MFN)
             memcpy(words[i], (uint64_t[7]){SYS_mmap, base + c->at, size, PROT_NONE, NOTHING, UINT64_MAX, 0}, sizeof words[0]);
         else
             memcpy(words[i],

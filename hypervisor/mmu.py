@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hypervisor import budget, guest_access, space
+from hypervisor import budget, guest_access, space, user
 from hypervisor._hv import ffi, lib
 from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain
@@ -21,7 +21,7 @@ from hypervisor.gate.monitor import MonitorGone
 from hypervisor.loop import Steps
 from hypervisor.public import mmu as abi
 from hypervisor.public.errors import Invalid, NoSuchDomain, NotImplementedCall, NotPermitted, TooBig, XenError
-from hypervisor.public.layout import SPACE_BYTES
+from hypervisor.public.layout import NR_WINDOWS, SPACE_BYTES
 from hypervisor.public.mmu import EXT_OP, L2_SHIFT, L3_SHIFT, UPDATE, MmuextCommand, PageType, Pte, mfn_of
 from hypervisor.public.types import MAX_BATCH, PAGE_SHIFT
 
@@ -84,7 +84,7 @@ def _run_job(hv: Hypervisor, domain: Domain, job: Any) -> Steps:
     error: XenError | None = None
     begin = time.monotonic_ns()
     while error is None:
-        job.unsettled = domain.monitor is not None and domain.monitor.busy
+        job.unsettled = domain.monitor is not None and space.busy(domain)
         job.room = FEW_CHANGES if hv.demand.others(domain) else lib.JOB_REQUESTS
         status = lib.mmu_update(hv.frames.mmu, job)
         if status == 0:
@@ -195,6 +195,8 @@ def _extended(hv: Hypervisor, caller: Domain, domain: Domain, command: int, firs
         raise NotPermitted("a base pointer, a flush or a page is its own domain's affair")
     elif command == MmuextCommand.NEW_BASEPTR:
         yield from space.load(hv, domain, _own(hv, domain, first))
+    elif command == MmuextCommand.NEW_USER_BASEPTR:
+        yield from user.create(hv, domain, _own(hv, domain, first), second)
     elif command == MmuextCommand.TLB_FLUSH:
         yield from space.flush(hv, domain)
     elif command == MmuextCommand.INVLPG:
@@ -228,7 +230,7 @@ def _unpin(hv: Hypervisor, domain: Domain, mfn: int) -> Steps:
 
     frame.pinned = 0
     window = frame.window - 1
-    if window > 0 and window != domain.space.current:
+    if 0 < window < NR_WINDOWS and window != domain.space.current:
         yield from space.evict(hv, domain, window)
     yield from space.put_table(hv, domain, mfn, False)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,13 @@ class Seat:
     def waiting(self) -> int:
         """ns that it was ready to run and did not, so far; as Process.waited_ns, for a third of what that costs."""
         try:
-            return int(os.pread(self._schedstat, 64, 0).split()[1])
+            own = int(os.pread(self._schedstat, 64, 0).split()[1])
         except (OSError, ValueError, IndexError):
             return 0
+        return own + sum(process.waited_ns() for process in self.domain.programs)
 
     def spent(self) -> int:
-        """ns so far: its process and its monitor."""
+        """ns so far: its processes and its monitor."""
         total = virtual_ns(self.domain)
         monitor = self.domain.monitor_process
         if monitor is not None and not monitor.ended:
@@ -105,7 +107,7 @@ class Scheduler:
         exempt = domain.privileged or domain.flags & CreateFlags.DRIVER
         if domain.process is None or (exempt and not domain.share.params.cap):
             return
-        seat = self._seats[domain] = Seat(domain, self._affinity(domain.process.pid))
+        seat = self._seats[domain] = Seat(domain, self._affinity(domain))
         seat.share.catch_up(self._wanting())
         self._begin(seat, time.monotonic_ns())
         self._wind()
@@ -130,7 +132,7 @@ class Scheduler:
         seat = self._seats.get(domain)
         self.leave(domain)
         if seat is not None and seat.state is State.OFF:
-            seat.process.signal(signal.SIGCONT)
+            domain.signal(signal.SIGCONT)
         self.enter(domain)
 
     def _wind(self) -> None:
@@ -198,7 +200,8 @@ class Scheduler:
         seat.share.demand += (min(1.0, used) - seat.share.demand) * weight
         if seat.share.demand < bvt.FULL:
             seat.share.catch_up(self._wanting(), bvt.LAG_NS)
-        if seat.share.demand < ASLEEP and seat.process.run_state() != RunState.BLOCKED:
+        processes = (seat.process, *seat.domain.programs)
+        if seat.share.demand < ASLEEP and any(process.run_state() != RunState.BLOCKED for process in processes):
             seat.share.demand = 1.0  # a busy host let it wait, which schedstat says only once it has run
         elif seat.share.demand < ASLEEP:
             seat.state = State.IDLE
@@ -229,7 +232,7 @@ class Scheduler:
         """Stop first, so that nobody runs beside one whose place he has taken."""
         for seat in wanting:
             if seat.cpu < 0:
-                seat.allowed = self._affinity(seat.process.pid)
+                seat.allowed = self._affinity(seat.domain)
         running = {seat.share: seat.cpu for seat in wanting if seat.state is State.ON}
         chosen = bvt.choose([seat.share for seat in wanting], running, {seat.share: seat.allowed for seat in wanting}, now)
         for seat in wanting:
@@ -242,14 +245,14 @@ class Scheduler:
                     self._go_on(seat)
 
     def _stop(self, seat: Seat, now: int) -> None:
-        seat.process.signal(signal.SIGSTOP)
+        seat.domain.signal(signal.SIGSTOP)
         seat.state, seat.settled, seat.domain.stopped_ns = State.OFF, False, now
         seat.share.unwarp(now)
 
     def _go_on(self, seat: Seat) -> None:
         self._credit_stolen(seat)
         self._begin(seat, time.monotonic_ns())
-        seat.process.signal(signal.SIGCONT)
+        seat.domain.signal(signal.SIGCONT)
         seat.state, seat.settled = State.ON, False
         self.switches += 1
 
@@ -267,28 +270,52 @@ class Scheduler:
                 self._go_on(seat)
         self.arbitrating = False
 
-    def _affinity(self, pid: int) -> frozenset[int]:
-        """The CPUs that its process may use, and we arbitrate."""
-        try:
-            own = frozenset(os.sched_getaffinity(pid))
-        except OSError:
-            return self.cpus
+    def _affinity(self, domain: Domain) -> frozenset[int]:
+        """The CPUs that its processes may use, and we arbitrate."""
+        assert domain.process is not None
+        own = domain.cpus
+        if domain.home < 0:
+            try:
+                own = frozenset(os.sched_getaffinity(domain.process.pid))
+            except OSError:
+                return self.cpus
         return own & self.cpus or own
+
+    def house(self, domain: Domain, pid: int, domains: Iterable[Domain]) -> None:
+        """An application's process of the domain runs where its kernel does, on one CPU: a hand-over between two costs five
+        times as much, and a domain is one virtual CPU. The first one decides where: on the CPU with the fewest such domains."""
+        assert domain.process is not None
+        if domain.home < 0:
+            cpus, here = self._affinity(domain), domain.process.cpu()
+            homes = [other.home for other in domains if other.alive]
+            domain.cpus = cpus
+            domain.home = min(cpus, key=lambda cpu: (homes.count(cpu), cpu != here))
+            _move(domain.process.pid, frozenset((domain.home,)))
+        _move(pid, frozenset((domain.home,)))
 
     def _pin(self, seat: Seat, cpu: int) -> None:
         """To one CPU, or -1: to all that it may use."""
         if cpu == seat.cpu or len(seat.allowed) == 1:
             return
-        seat.cpu = cpu
-        try:
-            os.sched_setaffinity(seat.process.pid, {cpu} if cpu >= 0 else seat.allowed)
-        except OSError:
-            pass  # it is gone, or the host does not let us: its kernel places it
+        seat.cpu, domain = cpu, seat.domain
+        if domain.home < 0:
+            _move(seat.process.pid, frozenset((cpu,)) if cpu >= 0 else seat.allowed)
+        elif cpu >= 0 and cpu != domain.home:
+            domain.home = cpu
+            for process in (seat.process, *domain.programs):
+                _move(process.pid, frozenset((cpu,)))
 
     def state_of(self, domain: Domain) -> tuple[str, int]:
         """For those who look on: on, off, idle, or - (not scheduled); and the CPU it is pinned to, or -1."""
         seat = self._seats.get(domain)
         return (seat.state.name.lower(), seat.cpu) if seat else ("-", -1)
+
+
+def _move(pid: int, cpus: frozenset[int]) -> None:
+    try:
+        os.sched_setaffinity(pid, cpus)
+    except OSError:
+        pass  # it is gone, or the host does not let us: its kernel places it
 
 
 def _crowded(seats: list[Seat]) -> bool:

@@ -70,13 +70,10 @@ from hypervisor.public.layout import (
     M2P,
     MONITOR_CODE,
     NR_WINDOWS,
-    SHARED_INFO,
     SPACE_BYTES,
     START_INFO_PFN,
-    TRAP_TABLE,
     virt,
 )
-from hypervisor.public.start_info import SHARED_UPCALL_MASK
 from hypervisor.public.types import MESSAGE_BYTES, PAGE_SIZE
 
 UPCALL_SIGNAL = signal.SIGUSR2  # a STANDARD signal: it merges with itself; real-time ones exhaust the uid's limit
@@ -238,8 +235,7 @@ def serve_faults() -> None:
     result = lib.fault_install(KERNEL_WINDOW, WINDOWS_BYTES, FD_FAULT)
     if result:
         raise OSError(-result, "handler of page faults")
-    table = ffi.cast("uint64_t *", KERNEL_WINDOW + TRAP_TABLE)
-    result = lib.traps_install(table, ffi.cast("uint8_t *", KERNEL_WINDOW + SHARED_INFO + SHARED_UPCALL_MASK))
+    result = lib.traps_install()
     if result:
         raise OSError(-result, "handlers of exceptions")
 

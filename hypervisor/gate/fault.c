@@ -38,7 +38,7 @@ enum { PF_WRITE = 2 };
 #define TRAP_DPL(entry) ((entry) >> 49 & 3)
 enum { GENERAL_PROTECTION = 13, PAGE_FAULT = 14, NR_VECTORS = 256 };
 #define HAS_ERROR 0x60227d00u /* vectors 8, 10 to 14, 17, 21, 29, 30 */
-enum { TRAP_FLAG = 0x100, DIRECTION_FLAG = 0x400, RESUME_FLAG = 0x10000 };
+enum { TRAP_FLAG = 0x100, DIRECTION_FLAG = 0x400, NESTED_TASK_FLAG = 0x4000, RESUME_FLAG = 0x10000 };
 enum { STACK_BYTES = 64 << 10 }; /* the signal frame holds the vector registers too: up to 11 KiB of them with AMX */
 
 struct fault {
@@ -65,10 +65,11 @@ static struct {
  * rip and writes to the guest's stack is filled by a second one, which does nothing else. */
 static volatile int depth;
 
-static struct {
-    const volatile uint64_t *table; /* by vector */
-    volatile uint8_t *upcall_mask;
-} traps;
+/* By vector; where the guest takes upcalls or not. Addresses, and not words that a guest could change. */
+#define TRAP_TABLE ((const volatile uint64_t *)(KERNEL_WINDOW + 0x7ffc004000))
+#define UPCALL_MASK ((volatile uint8_t *)(KERNEL_WINDOW + 0x7ffffff001))
+#define KERNEL_WINDOW 0x200000000000 /* layout.py */
+static int have_traps; /* set before the lock; whoever clears it has his own exceptions kill him */
 static volatile int delivering; /* vector + 1, while its frame is pushed */
 
 /* SIGSEGV while SIGSEGV is blocked: the host kernel kills with it, as if there were no handler. The filter leaves us no way
@@ -115,7 +116,7 @@ static void enter(greg_t *reg, uint64_t handler, uint64_t error, int has_error)
     frame->ss = selectors >> 48;
     reg[REG_RSP] = (greg_t)(uintptr_t)(has_error ? &frame->error : &frame->rip);
     reg[REG_RIP] = (greg_t)handler;
-    reg[REG_EFL] &= ~(greg_t)(TRAP_FLAG | DIRECTION_FLAG | RESUME_FLAG);
+    reg[REG_EFL] &= ~(greg_t)(TRAP_FLAG | DIRECTION_FLAG | NESTED_TASK_FLAG | RESUME_FLAG);
 }
 
 /* Only what the host kernel's page-fault handler raised about the windows: not a privileged instruction (SI_KERNEL), not a
@@ -180,7 +181,7 @@ static uint64_t vector_of(greg_t *reg)
 
     if (vector != GENERAL_PROTECTION || (error & 7) != 2)
         return vector;
-    entry = traps.table[error >> 3 & (NR_VECTORS - 1)];
+    entry = TRAP_TABLE[error >> 3 & (NR_VECTORS - 1)];
     if (!(entry & TRAP_ADDRESS) || !TRAP_DPL(entry))
         return vector;
     reg[REG_RIP] += 2;
@@ -191,7 +192,7 @@ static uint64_t vector_of(greg_t *reg)
 static void deliver(greg_t *reg)
 {
     int soft = reg[REG_TRAPNO] == GENERAL_PROTECTION;
-    uint64_t vector = vector_of(reg), entry = vector < NR_VECTORS ? traps.table[vector] : 0;
+    uint64_t vector = vector_of(reg), entry = vector < NR_VECTORS ? TRAP_TABLE[vector] : 0;
 
     soft = soft && vector != GENERAL_PROTECTION;
     if (!(entry & TRAP_ADDRESS))
@@ -200,7 +201,7 @@ static void deliver(greg_t *reg)
     enter(reg, entry & TRAP_ADDRESS, (uint64_t)reg[REG_ERR], !soft && vector < 32 && HAS_ERROR >> vector & 1);
     delivering = 0;
     if (entry & TRAP_MASKS)
-        *traps.upcall_mask = 1;
+        *UPCALL_MASK = 1;
 }
 
 static void on_trap(int sig, siginfo_t *info, void *context)
@@ -230,7 +231,7 @@ static void on_fault(int sig, siginfo_t *info, void *context)
     if (!is_page_fault(info)) {
         if (delivering)
             end(reg, (uint64_t)(uintptr_t)info->si_addr, DELIVERY, (uint64_t)delivering - 1);
-        if (!traps.table || info->si_code <= 0 || reg[REG_TRAPNO] == PAGE_FAULT)
+        if (!have_traps || info->si_code <= 0 || reg[REG_TRAPNO] == PAGE_FAULT)
             die();
         on_trap(sig, info, context);
         return;
@@ -270,13 +271,13 @@ long fault_install(uint64_t begin, uint64_t bytes, long sock)
     return sigaltstack(&own, 0) || sigaction(SIGSEGV, &action, 0) ? -errno : 0;
 }
 
-/* The other exceptions, from here on. `table`: a word for each vector, that the guest cannot write. */
-long traps_install(const uint64_t *table, uint8_t *upcall_mask)
+/* The other exceptions, from here on. */
+long traps_install(void)
 {
     static const int signals[] = {SIGFPE, SIGILL, SIGTRAP, SIGBUS};
     struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 
-    traps.table = table, traps.upcall_mask = upcall_mask;
+    have_traps = 1;
     sigfillset(&action.sa_mask);
     sigdelset(&action.sa_mask, SIGSEGV);
     for (unsigned i = 0; i < sizeof signals / sizeof *signals; i++)

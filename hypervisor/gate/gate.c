@@ -49,21 +49,7 @@ extern const char monitor_begin[], monitor_end[];
 __asm__(".text\n"
         ".globl monitor_begin\n.globl monitor_end\n"
         ".hidden monitor_begin\n.hidden monitor_end\n"
-        "monitor_begin:\n"
-        "1: mov $45,%eax\n mov %r13,%rdi\n xor %esi,%esi\n xor %edx,%edx\n mov $0x20,%r10d\n" /* recvfrom(MSG_TRUNC) */
-        "   xor %r8d,%r8d\n xor %r9d,%r9d\n syscall\n"
-        "   test %rax,%rax\n jle 9f\n" /* 0: the hypervisor hung up */
-        "   lea 64(%r12),%rbx\n mov (%r12),%ebp\n"
-        "2: test %ebp,%ebp\n jz 8f\n"
-        "   mov (%rbx),%rax\n mov 8(%rbx),%rdi\n mov 16(%rbx),%rsi\n mov 24(%rbx),%rdx\n"
-        "   mov 32(%rbx),%r10\n mov 40(%rbx),%r8\n mov 48(%rbx),%r9\n syscall\n"
-        "   add $56,%rbx\n dec %ebp\n cmp $-4095,%rax\n jb 2b\n"
-        "   neg %rax\n lea 4(%rax),%rdx\n jmp 3f\n"
-        "8: mov $4,%edx\n"
-        "3: lea 0x1000(%r12,%rbp,4),%rsi\n" /* the table entry that says %ebp */
-        "   mov $44,%eax\n mov %r13,%rdi\n mov $0x4000,%r10d\n xor %r8d,%r8d\n xor %r9d,%r9d\n syscall\n" /* MSG_NOSIGNAL */
-        "   jmp 1b\n"
-        "9: mov $60,%eax\n xor %edi,%edi\n syscall\n"
+        "monitor_begin:\n" MONITOR_LOOP
         "monitor_end:\n");
 
 long monitor_code(char *page, long size)
@@ -208,25 +194,30 @@ long landlock_abi(void)
     return raw6(SYS_landlock_create_ruleset, 0, 0, 1 /* LANDLOCK_CREATE_RULESET_VERSION */, 0, 0, 0);
 }
 
-/* Second layer where all domains share one uid: no file, no socket by name, no signal to anybody outside. */
+/* Second layer where all domains share one uid: no file, no socket by name, no signal to anybody outside. What is handled (file
+ * system, network, scopes), for landlock_create_ruleset; returns how many bytes of it this ABI takes. */
+long landlock_rules(long abi, uint64_t *rules)
+{
+    rules[0] = 0x1fff, rules[1] = rules[2] = 0;
+    if (abi >= 2)
+        rules[0] |= 1 << 13; /* REFER */
+    if (abi >= 3)
+        rules[0] |= 1 << 14; /* TRUNCATE */
+    if (abi >= 5)
+        rules[0] |= 1 << 15; /* IOCTL_DEV */
+    if (abi >= 4)
+        rules[1] = 3; /* TCP bind and connect */
+    if (abi >= 6)
+        rules[2] = 3; /* abstract sockets, signals */
+    return abi >= 6 ? 24 : abi >= 4 ? 16 : 8;
+}
+
 long landlock_all(long abi)
 {
-    struct {
-        uint64_t fs, net, scoped;
-    } rules = {0x1fff, 0, 0};
-    long fd, r;
+    uint64_t rules[3];
+    long size = landlock_rules(abi, rules), fd, r;
 
-    if (abi >= 2)
-        rules.fs |= 1 << 13; /* REFER */
-    if (abi >= 3)
-        rules.fs |= 1 << 14; /* TRUNCATE */
-    if (abi >= 5)
-        rules.fs |= 1 << 15; /* IOCTL_DEV */
-    if (abi >= 4)
-        rules.net = 3; /* TCP bind and connect */
-    if (abi >= 6)
-        rules.scoped = 3; /* abstract sockets, signals */
-    fd = raw6(SYS_landlock_create_ruleset, (long)&rules, abi >= 6 ? 24 : abi >= 4 ? 16 : 8, 0, 0, 0, 0);
+    fd = raw6(SYS_landlock_create_ruleset, (long)rules, size, 0, 0, 0, 0);
     if (fd < 0)
         return fd;
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from hypervisor.gate import policy
 from hypervisor.gate._gate import ffi, lib
 from hypervisor.loop import Loop, Resume, Steps, Timer, Wait
-from hypervisor.public.layout import COMMAND_PAGES, COMMANDS, KERNEL_WINDOW
+from hypervisor.public.layout import COMMAND_PAGES, COMMANDS, KERNEL_WINDOW, MONITOR_CODE
 from hypervisor.public.types import PAGE_SIZE
 
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x4000, 0x100000
-SYS_MMAP, SYS_MPROTECT, SYS_PRCTL, SYS_SECCOMP, SYS_CLOSE_RANGE = 9, 10, 157, 317, 436
+SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_PRCTL, SYS_SECCOMP, SYS_CLOSE_RANGE = 9, 10, 11, 157, 317, 436
 F_ADD_SEALS, SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE, SEAL_FUTURE_WRITE = 1033, 1, 2, 4, 8, 16
 
 FD_SOCKET, FD_MACHINE_RW, FD_MACHINE_RO, FD_CODE, FD_COMMANDS = 3, 4, 5, 6, 7  # a monitor's descriptors, in every space
@@ -75,6 +75,17 @@ def sealed_code() -> int:
     return sealed("ring1-monitor", bytes(ffi.buffer(page, PAGE_SIZE)))
 
 
+def stub_image() -> int:
+    """The gate of application spaces as a program: one page of code, loaded at USER_GATE, in a sealed file; its descriptor."""
+    page = ffi.new("char[4096]")
+    entry = lib.stub_code(page, PAGE_SIZE)
+    assert entry >= 0, f"the gate has {-entry} bytes"
+    ident = b"\x7fELF\2\1\1" + bytes(9)
+    head = ident + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, MONITOR_CODE + entry, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 5, PAGE_SIZE, MONITOR_CODE, MONITOR_CODE, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)
+    return sealed("ring1-stub", (head + load).ljust(PAGE_SIZE, b"\0") + bytes(ffi.buffer(page, PAGE_SIZE)))
+
+
 def runs(pages: Iterable[Page]) -> list[tuple[int, int, int, int]]:
     """(va, mfn, count, protection): neighbours that are neighbours in the machine too are one mmap."""
     out: list[tuple[int, int, int, int]] = []
@@ -107,8 +118,9 @@ class _Batch:
 class Monitor:
     """One address space as the hypervisor sees it: what is mapped where (`shadow`), and the way to change it."""
 
-    def __init__(self, loop: Loop, on_failure: Callable[[str], None]) -> None:
-        self._loop, self._on_failure = loop, on_failure
+    def __init__(self, loop: Loop, on_failure: Callable[[str], None], base: int = KERNEL_WINDOW) -> None:
+        """`base`: the host address of its address 0."""
+        self._loop, self._on_failure, self.base = loop, on_failure, base
         self.shadow: dict[int, tuple[int, int]] = {}  # va -> (mfn, protection): what is mapped by hand, outside page tables
         self.sock, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.setblocking(False)
@@ -134,6 +146,37 @@ class Monitor:
     def listen(self) -> None:
         """From now on the socket carries acknowledgements."""
         self._loop.watch(self.sock.fileno(), self._acknowledged)
+
+    def first_word(self, seconds: float) -> Wait:
+        """A Wait for (message, descriptors) of the child, or MonitorGone. Its death is seen by fail_all."""
+
+        def wait(resume: Resume) -> None:
+            if self.gone:  # it died before we were told its pid: its burial waits on this very socket already
+                self._loop.soon(lambda: resume(MonitorGone("died before it was ready")))
+                return
+            fd = self.sock.fileno()
+
+            def finish(value: object) -> None:
+                if timer.call is not None:
+                    timer.cancel()
+                    self._loop.unwatch(fd)
+                    self.on_gone = None
+                    resume(value)
+
+            def look() -> None:
+                try:
+                    finish(first_message(self.sock))
+                except BlockingIOError:
+                    return
+                except (MonitorGone, OSError):
+                    finish(MonitorGone("died before it was ready"))
+
+            late = time.monotonic_ns() + int(seconds * 1e9)
+            timer = self._loop.at(late, lambda: finish(MonitorGone("start-up timed out")))
+            self.on_gone = lambda: finish(MonitorGone("died before it was ready"))
+            self._loop.watch(fd, look)
+
+        return wait
 
     # ---- batches
 
@@ -230,7 +273,7 @@ class Monitor:
             return
         try:
             yield self.batch([
-                (SYS_MMAP, KERNEL_WINDOW + va, n * PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED,
+                (SYS_MMAP, self.base + va, n * PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED,
                  FD_MACHINE_RW if prot & PROT_WRITE else FD_MACHINE_RO, mfn * PAGE_SIZE)
                 for va, mfn, n, prot in todo
             ])  # fmt: skip
@@ -251,7 +294,7 @@ class Monitor:
         prot = PROT_READ | PROT_WRITE if zero else PROT_NONE
         flags = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE
         try:
-            yield self.batch([(SYS_MMAP, KERNEL_WINDOW + va, PAGE_SIZE, prot, flags, U64_MASK, 0) for va in addresses])
+            yield self.batch([(SYS_MMAP, self.base + va, PAGE_SIZE, prot, flags, U64_MASK, 0) for va in addresses])
         except MonitorError as error:
             self._unmapped(addresses[: error.done])
             raise
@@ -263,21 +306,21 @@ class Monitor:
 
     def barrier(self) -> Wait:
         """A Wait for everything queued before it: a command that changes nothing (mprotect of no bytes)."""
-        return self.batch([(SYS_MPROTECT, KERNEL_WINDOW, 0, PROT_NONE)])
+        return self.batch([(SYS_MPROTECT, self.base, 0, PROT_NONE)])
 
     def lock(self, name: str) -> Steps:
         """First batch: drop descriptors, die with the hypervisor, take a name, shut its own filter."""
         program = policy.monitor()
         self._blob(0, name.encode()[:15] + b"\0")
         self._blob(64, program)
-        self._blob(32, struct.pack("<HxxxxxxQ", len(program) // 8, KERNEL_WINDOW + COMMANDS + BLOB + 64))
+        self._blob(32, struct.pack("<HxxxxxxQ", len(program) // 8, self.base + COMMANDS + BLOB + 64))
         yield self.batch([
             (SYS_CLOSE_RANGE, 0, FD_SOCKET - 1, 0),
             (SYS_CLOSE_RANGE, FD_CODE, 0xFFFFFFFF, 0),
             (SYS_PRCTL, 1, 9),  # PR_SET_PDEATHSIG
-            (SYS_PRCTL, 15, KERNEL_WINDOW + COMMANDS + BLOB),  # PR_SET_NAME
+            (SYS_PRCTL, 15, self.base + COMMANDS + BLOB),  # PR_SET_NAME
             (SYS_PRCTL, 38, 1, 0, 0, 0),  # PR_SET_NO_NEW_PRIVS
-            (SYS_SECCOMP, 1, 0, KERNEL_WINDOW + COMMANDS + BLOB + 32),
+            (SYS_SECCOMP, 1, 0, self.base + COMMANDS + BLOB + 32),
         ])  # fmt: skip
 
     def set_trap(self, vector: int, word: int) -> None:

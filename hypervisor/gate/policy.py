@@ -7,6 +7,7 @@ recvmsg on the one socket from dom0. sendto and recvfrom are the fault path's, o
 
 Interface:
   * domain(pid, driver): the policy of a locked domain.
+  * application(): the policy of an application's process.
   * monitor(): the policy of a monitor.
 """
 
@@ -17,10 +18,13 @@ import signal
 import struct
 
 from hypervisor.public.layout import FD_DESCRIPTORS, FD_FAULT
+from hypervisor.public.traps import FAULT
+from hypervisor.public.types import PAGE_SIZE
+from hypervisor.public.user import USER_CONTROL, USER_GATE
 
 LOAD, JUMP_EQ, JUMP_GE, RETURN = 0x20, 0x15, 0x35, 0x06
-KILL, ALLOW = 0x80000000, 0x7FFF0000
-NR, ARCH = 0, 4  # offsets in struct seccomp_data
+KILL, ALLOW, TRAP = 0x80000000, 0x7FFF0000, 0x00030000
+NR, ARCH, IP = 0, 4, 8  # offsets in struct seccomp_data
 AUDIT_ARCH_X86_64 = 0xC000003E
 
 Instruction = tuple[int, int, int, int]
@@ -55,6 +59,8 @@ MONITOR = "mmap munmap mprotect sendto recvfrom exit".split()
 DRIVER = "preadv2 pwritev2 fdatasync fallocate".split()
 FIRST = "mq_timedsend mq_timedreceive ppoll poll read clock_gettime brk".split()  # tested first: the hot ones
 EXCEPTIONS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+JOB_CONTROL = (signal.SIGCONT, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+FD_USER_FAULT, FAULT_BYTES, MSG_NOSIGNAL = FD_FAULT, FAULT.size, 0x4000
 FUTEX_FLAGS = 0x80 | 0x100  # PRIVATE, CLOCK_REALTIME
 CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 23  # KILL, SETGID, SETUID, SYS_NICE: all that root's hypervisor keeps
 
@@ -120,14 +126,62 @@ def domain(pid: int, driver: bool) -> bytes:
     rows["futex"] = only(1, (0, 1), no, mask=0xFFFFFFFF & ~FUTEX_FLAGS)  # WAIT and WAKE: a requeue steals a peer's waiter
     rows["rt_sigaction"] = none_of(0, EXCEPTIONS, no)  # their handlers are the hypervisor's to choose
     rows["fcntl"] = only(1, (1, 3), no)  # F_GETFD, F_GETFL
-    for name in ("kill", "tgkill"):
-        rows[name] = only(0, (pid,), no)
+    rows["kill"], rows["tgkill"] = to_itself(pid, 1, no), to_itself(pid, 2, no)
     for name in ("sendto", "recvfrom"):
         rows[name] = nameless(FD_FAULT, no)
     if driver:
         rows |= {name: [(RETURN, 0, 0, ALLOW)] for name in DRIVER}
         rows["recvmsg"] = only(0, (FD_DESCRIPTORS,), no)
     return compile_policy(rows, no)
+
+
+def to_itself(pid: int, number: int, otherwise: int) -> list[Instruction]:
+    """ALLOW a signal to process `pid`, whose number is argument `number`, unless it stops or continues: a SIGCONT of its own
+    would undo the hypervisor's SIGSTOP before that was seen."""
+    code: list[Instruction] = [(LOAD, 0, 0, low(0)), (JUMP_EQ, 0, len(JOB_CONTROL) + 1, pid), (LOAD, 0, 0, low(number))]
+    for i, signo in enumerate(JOB_CONTROL, 1):
+        code.append((JUMP_EQ, len(JOB_CONTROL) - i, 0 if i < len(JOB_CONTROL) else 1, signo))
+    return [*code, (RETURN, 0, 0, otherwise), (RETURN, 0, 0, ALLOW)]
+
+
+def each(words: list[tuple[int, int]]) -> list[Instruction]:
+    """ALLOW if each word at an offset has its value; else go on behind."""
+    code: list[Instruction] = []
+    for i, (offset, value) in enumerate(words):
+        code += [(LOAD, 0, 0, offset), (JUMP_EQ, 0, 2 * (len(words) - i) - 1, value)]
+    return [*code, (RETURN, 0, 0, ALLOW)]
+
+
+def wide(argument: int, value: int) -> list[tuple[int, int]]:
+    """Both words of an argument."""
+    return [(low(argument), value & 0xFFFFFFFF), (low(argument) + 4, value >> 32)]
+
+
+def application() -> bytes:
+    """Policy of an application's process. What is called from anywhere but the gate page is a trap to the guest kernel, in any
+    table of the host's; there, the gate's own calls with the gate's own arguments, and death for the rest: the program can
+    jump to them."""
+    turn = wide(0, USER_CONTROL) + wide(3, 0)  # the cell's first word, no time limit
+    fault = [(low(0), FD_USER_FAULT), (low(3), MSG_NOSIGNAL), *wide(4, 0)]
+    rows: dict[str, list[Instruction]] = {
+        "futex": [
+            *each([*turn, (low(1), 0), (low(2), 0)]),  # WAIT while it is the kernel's turn
+            *each([*turn, (low(1), 1), (low(2), 1)]),  # WAKE the kernel
+            (RETURN, 0, 0, KILL),
+        ],
+        "sendto": [*each([*fault, *wide(2, FAULT_BYTES)]), (RETURN, 0, 0, KILL)],
+        "recvfrom": [*each(fault), (RETURN, 0, 0, KILL)],
+        "rt_sigreturn": [(RETURN, 0, 0, ALLOW)],
+        "exit_group": [(RETURN, 0, 0, ALLOW)],
+    }
+    trap = (RETURN, 0, 0, TRAP)
+    gate: list[Instruction] = [
+        (LOAD, 0, 0, ARCH), (JUMP_EQ, 1, 0, AUDIT_ARCH_X86_64), trap,
+        (LOAD, 0, 0, IP + 4), (JUMP_EQ, 1, 0, USER_GATE >> 32), trap,
+        (LOAD, 0, 0, IP), (JUMP_GE, 1, 0, USER_GATE & 0xFFFFFFFF), trap,
+        (JUMP_GE, 0, 1, (USER_GATE & 0xFFFFFFFF) + PAGE_SIZE), trap,
+    ]  # fmt: skip
+    return b"".join(struct.pack("HBBI", *i) for i in gate) + compile_policy(rows, KILL)
 
 
 def monitor() -> bytes:

@@ -84,6 +84,7 @@ class MmuextCommand(IntEnum):
     NEW_BASEPTR = 5
     TLB_FLUSH = 6
     INVLPG = 7
+    NEW_USER_BASEPTR = 15
     CLEAR_PAGE = 16
     COPY_PAGE = 17
 
@@ -122,7 +123,8 @@ class MmuextOp(Hypercall[int]):
     not. NEW_BASEPTR: the current space is that root's, which need not be pinned; the hypervisor keeps the last NR_WINDOWS - 1
     pinned ones in windows, so that a switch unmaps nothing, and writes the new window's host address to shared_info.
     TLB_FLUSH, INVLPG: throw out host mappings, which come back by fault. CLEAR_PAGE, COPY_PAGE: the frame must be ours and
-    be no table.
+    be no table. NEW_USER_BASEPTR: an address space of a program's (user.py); arg1 is its root, arg2 the address of the mfns of
+    its control region, CONTROL_PAGES words. Busy: a window or a space shows the root; NoSpace: MAX_USERS, or the host refuses.
     """
 
     OP = OP_MMUEXT

@@ -42,6 +42,7 @@ from hypervisor.public import (
     sysctl,
     traps,
     types,
+    user,
     version,
 )
 from hypervisor.public.hypercall import Hypercall
@@ -51,7 +52,7 @@ from hypervisor.public.types import Bits, Text
 from tests.conftest import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEADERS = ("ring1.h", "ring1_mmu.h", "ring1_message.h", "io/ring1_io.h")
+HEADERS = ("ring1.h", "ring1_mmu.h", "ring1_user.h", "ring1_message.h", "io/ring1_io.h")
 Field = tuple[int, str, str]
 Value = int | str
 
@@ -59,6 +60,7 @@ Value = int | str
 
 PREFIX: dict[ModuleType, str] = {
     types: "RING1_", layout: "RING1_", start_info: "RING1_", version: "RING1_", grant: "RING1_", domctl: "RING1_",
+    user: "RING1_",
     mmu: "RING1_", traps: "RING1_", clock: "RING1_", memory: "RING1_", callring: "RING1_CALLRING_", blkif: "BLKIF_",
     netif: "NETIF_", stats: "RING1_STATS_", xs_wire: "XENSTORE_",
     scheduler: "RING1_", segments: "RING1_", console: "", evtchn: "", sched: "", sysctl: "", errors: "", xenbus: "",
@@ -103,6 +105,7 @@ OPS = {
     "OP_VM_ASSIST": "__HYPERVISOR_vm_assist",
     "OP_SCHED": "__HYPERVISOR_sched_op", "OP_EVENT_CHANNEL": "__HYPERVISOR_event_channel_op",
     "OP_SYSCTL": "__HYPERVISOR_sysctl", "OP_DOMCTL": "__HYPERVISOR_domctl", "OP_CALLRING": "RING1_OP_callring",
+    "OP_USER": "RING1_OP_user",
 }  # fmt: skip
 CALLS = {
     "SetTrapTable": "__HYPERVISOR_set_trap_table", "VmAssist": "__HYPERVISOR_vm_assist", "MmuUpdate": "__HYPERVISOR_mmu_update",
@@ -134,10 +137,12 @@ CALLS = {
     "GetDomainInfo": "XEN_DOMCTL_getdomaininfo", "MapForeign": "RING1_DOMCTL_map_foreign",
     "UnmapForeign": "RING1_DOMCTL_unmap_foreign", "LaunchInfo": "RING1_DOMCTL_launch_info",
     "CallringSetup": "RING1_CALLRING_setup", "CallringKick": "RING1_CALLRING_kick",
+    "UserInterrupt": "RING1_USER_interrupt", "UserDestroy": "RING1_USER_destroy",
 }  # fmt: skip
 RECORDS = {  # format characters of struct, in the order of the record's fields
     "multicall_entry": dispatch.ENTRY.format,
     "ring1_callring_answer": callring.ANSWER.format,
+    "ring1_cell": user.CELL.format,
     "mmu_update": mmu.UPDATE.format,
     "mmuext_op": mmu.EXT_OP.format,
     "trap_info": traps.TRAP_INFO.format,
@@ -277,7 +282,7 @@ class Header:
                 lines.append(f'printf("field {tag} {field} {kind} %zu %zu\\n", {at}, {size} / sizeof({c_type(kind)}));')
         body = "\n    ".join(lines)
         return (
-            '#include "io/ring1_io.h"\n#include "ring1_mmu.h"\n#include <stdio.h>\n'
+            '#include "io/ring1_io.h"\n#include "ring1_mmu.h"\n#include "ring1_user.h"\n#include <stdio.h>\n'
             'static void print_number(const char *n, long long v) { printf("number %s %lld\\n", n, v); }\n'
             'static void print_text(const char *n, const char *v) { printf("text %s %s\\n", n, v); }\n'
             f"int main(void)\n{{\n    {body}\n    return 0;\n}}\n"

@@ -224,6 +224,7 @@ class Guest:
         self.fail = fail
         self._page = core.ffi.new("char[4096]")
         self.shared_info = core.ffi.cast("char *", self._page)
+        self.users: dict[int, Any] = {}
         self.call: Task | None = None
         self.fault: Task | None = None
 

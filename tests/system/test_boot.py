@@ -181,7 +181,7 @@ def test_without_the_hypervisor_or_dom0_nothing_survives(victim: str) -> None:
         host.guest("alice")
         names = [line.split()[1] for line in (host.state / "journal").read_text().splitlines()]
         with all_processes(host) as processes:
-            assert len(processes) == 1 + 1 + 2 * 4, "the hypervisor, the zygote, four domains with a monitor each"
+            assert len(processes) == 1 + 2 + 2 * 4, "the hypervisor, both zygotes, four domains with a monitor each"
             dom0 = host.row("dom0")["pid"]
             next(p for p in processes if p.pid == {"hypervisor": host.pid, "dom0": dom0}[victim]).kill()
             assert all(process.ended() for process in processes)

@@ -110,7 +110,7 @@ def test_info_of_a_domain_and_of_the_host(host: Machine) -> None:
 def test_ledger_is_everything(host: Machine) -> None:
     book = answer(host, "ledger")
     assert {"shm", "queues", "sockets", "processes", "grants", "ports", "frames_owned", "control_socket"} <= set(book)
-    assert len(book["processes"]) == 7 and book["domains"] == ["dom0", "blkback", "netback"]
+    assert len(book["processes"]) == 8 and book["domains"] == ["dom0", "blkback", "netback"]
     assert book["control_socket"] == str(host.state / "control")
     assert re.search(r"^processes +\[", ring1(host, "ledger").stdout, re.M)
 

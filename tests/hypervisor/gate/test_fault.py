@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -13,7 +14,8 @@ import pytest
 
 from hypervisor.gate._gate import lib
 from hypervisor.public import traps
-from hypervisor.public.layout import KERNEL_WINDOW
+from hypervisor.public.layout import KERNEL_WINDOW, SHARED_INFO, TRAP_TABLE
+from hypervisor.public.start_info import SHARED_UPCALL_MASK
 from tests.conftest import TIMEOUT
 from tests.models.mutant import ROOT, compile_copies
 
@@ -107,6 +109,9 @@ def test_the_numbers_are_the_contracts() -> None:
     verdicts = f"RETRY = {traps.RETRY}, BOUNCE = {traps.BOUNCE}, SKIP = {traps.SKIP}"
     assert f"{verdicts}, RED_ZONE = {traps.RED_ZONE} }}" in text
     assert (traps.FAULT.size, traps.VERDICT.size, traps.FRAME_BYTES) == (40, 16, 48)
+    assert KERNEL_WINDOW == 0x200000000000 and "#define KERNEL_WINDOW 0x200000000000 " in text
+    for name, address in (("TRAP_TABLE", TRAP_TABLE), ("UPCALL_MASK", SHARED_INFO + SHARED_UPCALL_MASK)):
+        assert re.search(rf"#define {name} .*KERNEL_WINDOW \+ {address:#x}\)", text)
     assert traps.PF_STORE == 1 << 32 and "#define STORE (1ull << 32)" in text
 
 

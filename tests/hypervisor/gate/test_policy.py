@@ -43,10 +43,10 @@ TABLE = {
 BY_ARGUMENT: dict[str, Row] = {
     "futex": (1, [op | flags for op in (0, 1) for flags in (0, 0x80, 0x100, 0x180)], ALLOW, EPERM),  # WAIT, WAKE
     "fcntl": (1, [1, 3], ALLOW, EPERM),  # F_GETFD, F_GETFL
-    "kill": (0, [PID], ALLOW, EPERM),
-    "tgkill": (0, [PID], ALLOW, EPERM),
     "rt_sigaction": (0, [4, 5, 7, 8, 11, 31], EPERM, ALLOW),  # ILL TRAP BUS FPE SEGV SYS
 }
+SIGNALS = {"kill": 1, "tgkill": 2}  # allowed to PID, unless this argument is a signal that stops or continues
+STOP_OR_CONTINUE = [18, 19, 20, 21, 22]  # CONT STOP TSTP TTIN TTOU
 NAMELESS = "sendto recvfrom".split()  # allowed on FD_FAULT and without an address
 DRIVER: dict[str, Row | None] = {
     "preadv2": None, "pwritev2": None, "fdatasync": None, "fallocate": None, "recvmsg": (0, [FD_DESCRIPTORS], ALLOW, EPERM),
@@ -120,6 +120,15 @@ def nameless() -> Iterator[tuple[tuple[int, ...], int]]:
     yield (FD_FAULT, *(0xFFFFFFFFFFFFFFFF,) * 3, 0, 0xFFFFFFFFFFFFFFFF), ALLOW
 
 
+def signals(number: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """(arguments, verdict) of a call that sends signal args[number]: to everybody, and every signal to oneself."""
+    for args, pid in interesting(0, [PID]):
+        yield args, ALLOW if pid == PID else EPERM
+    for args, signo in interesting(number, STOP_OR_CONTINUE):
+        yield (PID, *args[1:]), EPERM if signo in STOP_OR_CONTINUE else ALLOW
+        yield (PID ^ 2, *args[1:]), EPERM
+
+
 def cases(calls: Calls, driver: bool) -> Iterator[Case]:
     """Everything that is asked of a domain's policy."""
     verdict = {name: verdict for verdict, names in TABLE.items() for name in names.split()}
@@ -129,6 +138,8 @@ def cases(calls: Calls, driver: bool) -> Iterator[Case]:
         row = rows.get(name)
         if name in NAMELESS:
             yield from ((name, number, args, wanted) for args, wanted in nameless())
+        elif name in SIGNALS:
+            yield from ((name, number, args, wanted) for args, wanted in signals(SIGNALS[name]))
         elif row is not None:
             argument, values, these, others = row
             for args, value in interesting(argument, values):
@@ -195,6 +206,7 @@ def test_hot_calls_come_first() -> None:
         ("KILLED", [name for name in policy.KILLED if name != "pidfd_getfd"]),
         ("FALL_BACK", []),
         ("EXCEPTIONS", policy.EXCEPTIONS[1:]),
+        ("JOB_CONTROL", policy.JOB_CONTROL[1:]),  # a SIGCONT of its own undoes the scheduler's SIGSTOP
         ("FUTEX_FLAGS", policy.FUTEX_FLAGS | 2),  # a requeue passes for a wait
         ("FD_FAULT", FD_FAULT - 1),
         ("nameless", lambda fd, no: policy.only(0, (fd,), no)),  # to anybody by name

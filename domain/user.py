@@ -1,0 +1,152 @@
+"""Programs in address spaces of their own: a kernel lets one run, and is told why it came back.
+
+    space = UserSpace(kernel, root_mfn, control_pfns)
+    space.registers[RIP], space.registers[RSP] = entry, stack
+    while (kind := space.run(-1)) == SYSCALL:
+        space.registers[RAX] = serve(space.number, *space.arguments)
+
+A system call costs two switches of the host's and no hypercall. Taking the CPU from a program that runs costs one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from domain import memory
+from domain._guest import ffi, lib
+from hypervisor.public.errors import NoEntry
+from hypervisor.public.layout import KERNEL_WINDOW, VIRT_BASE
+from hypervisor.public.mmu import MmuextCommand
+from hypervisor.public.types import PAGE_SIZE
+from hypervisor.public.user import CONTROL_BYTES, CONTROL_PAGES, TURN_PROGRAM, UserDestroy, UserInterrupt
+
+if TYPE_CHECKING:
+    from domain.kernel import Kernel
+
+SYSCALL, FAULT, EXCEPTION, TIMEOUT, UPCALL, DEAD = range(6)  # why a program came back
+START_NS = 5_000_000_000
+AGAIN_NS, AGAIN = 50_000_000, 20  # a program that does not give the CPU back is told again, and given up
+USER_CS, USER_SS = 0x33, 0x2B
+CS, EFLAGS, SS = 17, 18, 20
+COUNT = 27
+
+
+class UserSpace:
+    """One process that shows a user root."""
+
+    def __init__(self, kernel: Kernel, root_mfn: int, control_pfns: Sequence[int]) -> None:
+        """`control_pfns`: CONTROL_PAGES pages of this kernel's, side by side, that nobody uses while the space lives. Raises
+        XenError: no process to be had (NoSpace), or the root is shown elsewhere (Busy)."""
+        first = control_pfns[0]
+        assert list(control_pfns) == list(range(first, first + CONTROL_PAGES)), "control pages lie side by side"
+        if not hasattr(kernel, "_users_ready"):
+            assert lib.user_init() == 0
+            kernel._users_ready = True  # type: ignore[attr-defined]
+        self._kernel, self.root_mfn, self.dead = kernel, root_mfn, False
+        address = KERNEL_WINDOW + VIRT_BASE + first * PAGE_SIZE
+        mfns = struct.pack(f"<{CONTROL_PAGES}Q", *(kernel.memory.p2m[pfn] for pfn in control_pfns))
+        memory.write(address, bytes(CONTROL_BYTES))
+        memory.write(address, struct.pack("<Q", TURN_PROGRAM))
+        memory.write(address + PAGE_SIZE // 2, mfns)
+        kernel.memory.mmu.run((MmuextCommand.NEW_USER_BASEPTR, root_mfn, address + PAGE_SIZE // 2 - KERNEL_WINDOW))
+        memory.zero(address + PAGE_SIZE // 2, len(mfns))
+        self._user: Any = ffi.new("struct user *", {"control": ffi.cast("char *", address), "shared_info": kernel._shared_info})
+        self.registers = memoryview(ffi.buffer(ffi.addressof(self._user, "registers"))).cast("B").cast("Q")
+        if lib.user_begin(self._user, START_NS) == lib.USER_DEAD:
+            self.dead = True
+        self._fresh = self.fpu
+        self.registers[:] = memoryview(struct.pack(f"{COUNT}Q", *(0,) * COUNT)).cast("Q")
+        self.registers[CS], self.registers[SS], self.registers[EFLAGS] = USER_CS, USER_SS, 0x202
+
+    # ---- running
+
+    def run(self, timeout_ns: int) -> int:
+        """Let the program go on, `timeout_ns` at most (-1: no limit); why it came back. What was asked of it is in `number`,
+        `arguments`, `native`; `address`, `error`, `vector`; its registers in `registers`, until it runs again."""
+        if self.dead:
+            return DEAD
+        kind: int = lib.user_run(self._user, timeout_ns)
+        if kind == lib.USER_LATE:
+            kind = self._take_back()
+        if kind == DEAD:
+            self.dead = True
+        return kind
+
+    def _take_back(self) -> int:
+        """The hypervisor signals the program, whose gate hands over. One that has blocked the signal is dead to us."""
+        upcall = self._user.upcall
+        for _ in range(AGAIN):
+            self._user.told = 1
+            try:
+                self._kernel.hypercall(UserInterrupt(self.root_mfn))
+            except NoEntry:
+                return DEAD
+            kind: int = lib.user_wait(self._user, AGAIN_NS)
+            if kind == TIMEOUT and upcall:
+                return UPCALL
+            if kind != lib.USER_LATE:
+                return kind
+        return DEAD
+
+    # ---- what it came back with
+
+    @property
+    def number(self) -> int:
+        """Of the system call."""
+        return self._user.number  # type: ignore[no-any-return]
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Of the system call: six words, by the convention of its table."""
+        return tuple(self._user.arguments)
+
+    @property
+    def native(self) -> bool:
+        """An x86-64 call; else one of i386's or x32's numbers."""
+        return bool(self._user.native)
+
+    @property
+    def address(self) -> int:
+        """Of a page fault."""
+        return self._user.address  # type: ignore[no-any-return]
+
+    @property
+    def error(self) -> int:
+        """The error code of a page fault or exception."""
+        return self._user.error  # type: ignore[no-any-return]
+
+    @property
+    def vector(self) -> int:
+        """Of an exception."""
+        return self._user.vector  # type: ignore[no-any-return]
+
+    @property
+    def traps(self) -> int:
+        """How often it came back."""
+        return self._user.traps  # type: ignore[no-any-return]
+
+    # ---- the vector registers
+
+    @property
+    def fpu(self) -> bytes:
+        """As the host stores them (XSAVE), a copy. The program may have written anything there: it is only its own to load."""
+        return bytes(ffi.buffer(self._user.control + self._user.fpu, self._user.fpu_bytes))
+
+    @fpu.setter
+    def fpu(self, state: bytes) -> None:
+        state = state or self._fresh
+        if len(state) != self._user.fpu_bytes:
+            raise ValueError(f"{len(state)} bytes of vector registers, here they have {self._user.fpu_bytes}")
+        lib.memory_copy(self._user.control + self._user.fpu, ffi.from_buffer(state), len(state))
+
+    # ---- the end
+
+    def destroy(self) -> None:
+        """End the process; the root and the control pages are this kernel's again. Idempotent."""
+        self.dead = True
+        try:
+            self._kernel.hypercall(UserDestroy(self.root_mfn))
+        except NoEntry:
+            pass
