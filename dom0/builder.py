@@ -65,6 +65,7 @@ REFUSALS: dict[type[XenError], str] = {
     NoMemory: "the machine has not that much memory free",
     NoSpace: "its process could not be started; `ring1 dmesg` says why",
 }
+ARCHIVE = b"070701"  # a cpio archive: the ramdisk of the POSIX kernel, domain/posix
 MAX_SOURCE, MAX_IMAGE = 4 << 20, 64 << 20  # bytes of a file
 
 
@@ -74,7 +75,8 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Image:
-    """A kernel as it is loaded: source for the guest library, an ELF file, or the name of a driver domain's module."""
+    """A kernel as it is loaded: source for the guest library, a ramdisk for its POSIX kernel, an ELF file, or the name of a
+    driver domain's module."""
 
     source: bytes = b""
     native: elf.Elf | None = None
@@ -99,6 +101,8 @@ def read_image(path: Path) -> Image:
             return Image(native=elf.parse(data))
         except elf.ElfError as error:
             raise BuildError(f"kernel {path}: {error}") from None
+    if data.startswith(ARCHIVE):
+        return Image(source=data)
     if len(data) > MAX_SOURCE:
         raise BuildError(f"kernel {path}: {len(data)} bytes of source, at most {MAX_SOURCE}")
     try:

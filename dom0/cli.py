@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -22,6 +23,7 @@ from dom0.client import Connection, HostError
 P = ParamSpec("P")
 R = TypeVar("R")
 USAGE = 2
+END_OF_FILE = b"\x04\x04"  # ctrl-D as a terminal has it: the first ends a line that was begun
 END_OF_INPUT = b"\x04\n"  # ctrl-D, as the prompt of --repl has it
 
 app = typer.Typer(
@@ -195,9 +197,11 @@ def create(
 @app.command()
 @command
 def run(
-    file: Annotated[Path | None, typer.Argument(help="a guest program, or a native kernel", metavar="FILE.py")] = None,
+    file: Annotated[str, typer.Argument(help="a guest program, or a native kernel", metavar="FILE.py")] = "",
+    words: Annotated[list[str] | None, typer.Argument(help="with --ramdisk: PROGRAM ARGUMENT ...", metavar="[-- ...]")] = None,
+    ramdisk: Annotated[Path | None, typer.Option(help="run PROGRAM of this cpio archive, an unmodified Linux program")] = None,
     name: Annotated[str, typer.Option(help="default: the file's")] = "",
-    memory: Annotated[int, typer.Option(help="MiB")] = 16,
+    memory: Annotated[int, typer.Option(help="MiB; default 16, with --ramdisk 64")] = 0,
     maxmem: Annotated[int, typer.Option(help="MiB that mem-set can give it; default: as --memory")] = 0,
     disk: Annotated[list[str] | None, typer.Option(help="xvda=IMAGE[:r|:w], may be repeated")] = None,
     vif: Annotated[list[str] | None, typer.Option(help="an IPv4 address, may be repeated")] = None,
@@ -207,14 +211,17 @@ def run(
     """Create a domain, attach its console, remove it at the end; ends with the guest's exit code."""
     from dom0 import terminal
 
-    if (file is None) != repl:
-        say("error: give a FILE, or --repl")
+    if (ramdisk is None and bool(file) == repl) or (ramdisk and repl) or (words and not ramdisk):
+        say("error: give a FILE, or --repl, or --ramdisk FILE -- PROGRAM")
         raise typer.Exit(USAGE)
-    source = file or Path(__file__).parent / "programs" / "repl.py"
+    source = ramdisk or (Path(file) if file else Path(__file__).parent / "programs" / "repl.py")
+    farewell = END_OF_FILE if ramdisk else END_OF_INPUT if repl else b""
+    if ramdisk:
+        cmdline, memory = shlex.join([file or "/bin/sh", *(words or [])]), memory or 64
     tree = {
         "name": name or re.sub(r"[^A-Za-z0-9_.-]", "-", source.stem)[:24].lstrip("-_.") + f"-{os.getpid()}",
         "kernel": str(source.absolute()),
-        "memory": memory,
+        "memory": memory or 16,
         "maxmem": maxmem,
         "cmdline": cmdline,
         "disk": [_disk(text) for text in disk or []],
@@ -223,7 +230,7 @@ def run(
     checked = config.to_tree(config.from_tree(tree).resolved(Path.cwd()))
     with Connection() as host:
         domid = str(host.ask("create", tree=checked)["domid"])
-    raise typer.Exit(terminal.run(domid, END_OF_INPUT if repl else b""))
+    raise typer.Exit(terminal.run(domid, farewell))
 
 
 def _disk(text: str) -> dict[str, str]:
@@ -333,6 +340,30 @@ def mem_max(domain: Domain, size: Size, as_json: Json = False) -> None:
     show(facts, as_json, lambda: None)
 
 
+# ---- ramdisks
+
+
+@app.command()
+@command
+def ramdisk(
+    output: Annotated[Path, typer.Option("-o", "--output", help="the archive", metavar="FILE")],
+    tree: Annotated[Path | None, typer.Argument(help="what is to be in it", metavar="DIR")] = None,
+    busybox: Annotated[Path | None, typer.Option(help="a static busybox, with all of its applets", metavar="FILE")] = None,
+) -> None:
+    """Pack a tree of the host as the root of a domain that runs programs of Linux. The same tree gives the same bytes."""
+    from dom0 import ramdisk as archive
+
+    if tree is None and busybox is None:
+        raise config.ConfigError("nothing to pack: name a DIR, --busybox, or both")
+    try:
+        with open(output, "wb") as out:
+            entries, size = archive.build(out, tree, busybox)
+    except (archive.RamdiskError, OSError) as error:
+        output.unlink(missing_ok=True)
+        raise HostError(str(error)) from None
+    say(f"{output}: {entries} entries, {size} bytes")
+
+
 @app.command()
 @command
 def sched(
@@ -371,19 +402,7 @@ def vcpu_list(
     """
     with Connection() as host:
         rows = host.ask("vcpu-list", name=domain)
-    names = [
-        "name",
-        "domid",
-        "vcpu",
-        "cpu",
-        "state",
-        "scheduled",
-        "affinity",
-        "running_s",
-        "runnable_s",
-        "blocked_s",
-        "offline_s",
-    ]
+    names = "name domid vcpu cpu state scheduled affinity running_s runnable_s blocked_s offline_s".split()
     show(rows, as_json, lambda: columns(rows, names))
 
 

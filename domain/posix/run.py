@@ -1,0 +1,368 @@
+"""The POSIX kernel at work: pick a task, let its program run for a slice, serve what it traps with.
+
+One virtual CPU: while a program runs the kernel does not, and the other way round. The loop is one task of the domain's
+scheduler, to which it yields whenever something else is due, so that console, disks and network go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from domain import sched
+from domain.posix import calls, signals
+from domain.posix import registers as r
+from domain.posix.errors import Errno, Interrupted
+from domain.posix.frames import Frames, PageCache
+from domain.posix.futex import Futexes
+from domain.posix.memory import ACCERR, BUSERR, OK, Memory
+from domain.posix.signals import Info
+from domain.posix.space import DEAD, EXCEPTION, FAULT, SYSCALL, TIMEOUT, Space
+from domain.posix.task import Process, Task
+from domain.posix.wait import parts
+from hypervisor.public.traps import PF_FETCH, PF_WRITE
+
+if TYPE_CHECKING:
+    from domain.kernel import Kernel
+
+SLICE_NS = 10_000_000
+EXCEPTIONS = {  # vector: signal, si_code (arch/x86/kernel/traps.c)
+    0: (signal.SIGFPE, 1), 1: (signal.SIGTRAP, 2), 3: (signal.SIGTRAP, signals.SI_KERNEL), 6: (signal.SIGILL, 2),
+    16: (signal.SIGFPE, 7), 17: (signal.SIGBUS, 1), 19: (signal.SIGFPE, 7),
+}  # fmt: skip
+PAGE_FAULT = 14
+
+
+class System:
+    """What all processes have in common."""
+
+    def __init__(self, kernel: Kernel, frames: Frames, new_space: Callable[[], Space]) -> None:
+        self.kernel, self.frames, self.cache = kernel, frames, PageCache(frames)
+        self._new_space = new_space
+        self.idle_spaces: list[Space] = []
+        self.processes: dict[int, Process] = {}
+        self.tasks: dict[int, Task] = {}
+        self.futexes = Futexes()
+        self.runnable: deque[Task] = deque()
+        self.current: Task | None = None
+        self.init: Process | None = None
+        self.init_is_mortal = True  # `ring1 run -- PROGRAM`: pid 1 is an ordinary program
+        self.root: Any = None
+        self.console: Any = None
+        self.hostname = kernel.name.encode() if kernel.name else b"ring1"
+        self.stopping: Callable[[], bool] = lambda: False
+        self.yielding = False  # sched_yield was called
+        self._last_pid = 0
+        self._work = sched.Event()
+        self.counters = dict.fromkeys(("syscalls", "faults", "preemptions", "switches"), 0)
+        self.unknown: dict[int, int] = {}  # system calls asked for that there are not
+
+    # ---- time and numbers
+
+    def now_ns(self) -> int:
+        return self.kernel.now_ns()
+
+    def wall_ns(self) -> int:
+        return self.kernel.wall_ns()
+
+    def at(self, deadline_ns: int, call: Callable[[], None]) -> Any:
+        return self.kernel.scheduler.at(deadline_ns, call)
+
+    def new_pid(self) -> int:
+        while True:
+            self._last_pid = self._last_pid % 32767 + 1
+            if self._last_pid not in self.tasks and self._last_pid not in self.processes:
+                return self._last_pid
+
+    def kill_group(self, pgid: int, signo: int, info: Info | None = None) -> int:
+        """Send to all of a group; how many there are."""
+        members = [process for process in self.processes.values() if process.pgid == pgid and process.exit_status is None]
+        for process in members:
+            process.send_signal(signo, info)
+        return len(members)
+
+    def memory_pages(self) -> tuple[int, int]:
+        """Pages that programs may have in all, and how many of them are free."""
+        return self.frames.used + self.frames.free, self.frames.free
+
+    def say(self, text: str) -> None:
+        """A line of the kernel's on its console."""
+        self.kernel.console.write(text + "\n")
+
+    # ---- address spaces
+
+    def new_memory(self) -> Memory:
+        """An empty address space in a process of its own. Raises Errno(ENOMEM)."""
+        return Memory(self.frames, self.cache, self.new_space())
+
+    def new_space(self) -> Space:
+        """Raises Errno(ENOMEM)."""
+        if self.idle_spaces:
+            return self.idle_spaces.pop()
+        try:
+            return self._new_space()
+        except MemoryError:
+            raise Errno(errno.ENOMEM) from None
+
+    def leave_memory(self, memory: Memory) -> None:
+        """A task that ran in it does so no more."""
+        memory.users -= 1
+        if not memory.users:
+            memory.clear()
+            space: Any = memory.table
+            if not space.dead:
+                self.idle_spaces.append(space)
+
+    def become(self, task: Task) -> None:
+        """What execve begins with: one thread, an empty space that is its own, handlers forgotten."""
+        process = task.process
+        for other in list(process.tasks):
+            if other is not task:
+                other.end()
+        if task.memory.users > 1:
+            memory = self.new_memory()
+            self.unload(task)
+            task.memory.users -= 1
+            task.memory = memory
+        else:
+            task.memory.clear()
+        task.clear_tid = task.robust_list = 0
+        task.altstack = (0, 0)
+        ignored = signals.SIG_IGN, signals.SIG_DFL
+        process.actions = [signals.Action(ignored[action.handler != signals.SIG_IGN]) for action in process.actions]
+        if task.files.users > 1:
+            files = task.files.fork()
+            task.files.release()
+            task.files = files
+        task.files.close_on_exec()
+        process.vfork_done.wake()
+
+    def load(self, task: Task) -> Space:
+        """Its registers are the ones that its space goes on with."""
+        space: Any = task.memory.table
+        if space.task is not task:
+            if space.task is not None:
+                self.unload(space.task)
+            space.show(task)
+            self.counters["switches"] += 1
+        return space  # type: ignore[no-any-return]
+
+    def unload(self, task: Task) -> None:
+        """Its registers are its own again."""
+        space: Any = task.memory.table
+        if space.task is task:
+            space.hide(task)
+
+    def fpu_state(self, task: Task) -> bytes:
+        space: Any = task.memory.table
+        return space.fpu if space.task is task else task.fpu
+
+    def set_fpu_state(self, task: Task, state: bytes) -> None:
+        space: Any = task.memory.table
+        if space.task is task:
+            space.fpu = state
+        else:
+            task.fpu = state
+
+    # ---- lives
+
+    def ended(self, task: Task) -> None:
+        """A task is gone: it is nowhere waited for."""
+        self.unload(task)
+        task.files.release()
+
+    def exited(self, process: Process) -> None:
+        """A process is a zombie."""
+        if process is self.init:
+            for other in list(self.processes.values()):
+                other.exit(int(signal.SIGKILL))
+        self._work.set()
+
+    def ready(self, task: Task) -> None:
+        """It wants the processor. Idempotent."""
+        if not task.queued and not task.dead:
+            task.queued = True
+            self.runnable.append(task)
+            self._work.set()
+
+    # ---- the loop
+
+    async def run(self, init: Process) -> int:
+        """Until `init` ends; its wait status."""
+        self.init = init
+        while init.exit_status is None:
+            if self.stopping():
+                init.exit(int(signal.SIGTERM))
+            elif self.runnable:
+                task = self.runnable.popleft()
+                task.queued = False
+                if task.process.stopped:
+                    task.held = True
+                elif not task.dead:
+                    self._turn(task)
+                if self.due():
+                    await _again()
+            else:
+                self._work.clear()
+                await self._work.wait()
+        return init.exit_status
+
+    def due(self) -> bool:
+        """Whether the rest of this domain has something to do: another task, a timer, an event."""
+        scheduler = self.kernel.scheduler
+        return bool(scheduler.ready) or scheduler.overdue() or self.kernel.evtchn.pending()
+
+    def _turn(self, task: Task) -> None:
+        """One turn of one task."""
+        self.current = task
+        begun = self.now_ns()
+        if task.generator is not None:
+            self._go_on(task)
+        if not task.waiting():
+            self._user(task, begun + SLICE_NS)
+        task.process.cpu_ns += self.now_ns() - begun
+        self.current = None
+
+    def _user(self, task: Task, end: int) -> None:
+        """Its program runs until it blocks, its slice is over, or somebody else is due."""
+        process = task.process
+        while not task.dead:
+            if task.signal_pending() or task.interrupted >= 0 or task.saved_blocked is not None:
+                signals.deliver(task)
+                if not task.alive:
+                    return
+            if process.stopped:
+                task.held = True
+                return
+            space = self.load(task)
+            try:
+                space.flush()
+            except MemoryError:
+                self._out_of_memory(task)
+                return
+            left = end - self.now_ns()
+            if left <= 0 or self.due():
+                self.ready(task)
+                return
+            kind = space.run(left if self.runnable else self._until_due(left))
+            if kind == SYSCALL:
+                self._syscall(task, space)
+                if task.generator is not None:
+                    return
+                if self.yielding:
+                    self.yielding = False
+                    self.ready(task)
+                    return
+            elif kind == FAULT:
+                self._fault(task, space.address, space.error)
+            elif kind == EXCEPTION:
+                self._exception(task, space)
+            elif kind == DEAD:
+                self.say(f"{process.name.decode(errors='replace')}[{process.pid}]: its address space was lost")
+                process.exit(int(signal.SIGKILL))
+            else:
+                if kind == TIMEOUT:
+                    self.counters["preemptions"] += 1
+                self.ready(task)
+                return
+
+    def _until_due(self, slice_ns: int) -> int:
+        """How long a program may run that nobody else waits behind: events interrupt it, timers do not."""
+        return self.kernel.scheduler.next_timer_ns(slice_ns)
+
+    # ---- traps
+
+    def _syscall(self, task: Task, space: Space) -> None:
+        self.counters["syscalls"] += 1
+        number = task.call = space.number
+        call = calls.TABLE.get(number) if space.native else None
+        if call is None:
+            self.unknown[number] = self.unknown.get(number, 0) + 1
+            task.registers[r.RAX] = -errno.ENOSYS & r.WORD
+            return
+        try:
+            result = call.handler(task, *space.arguments[: call.arguments])
+        except Errno as error:
+            result = -error.number
+        except MemoryError:
+            result = -errno.ENOMEM
+        except Interrupted:  # it stopped itself, as a background reader of the terminal does
+            task.interrupted, result = number, None
+        if result.__class__ is int:
+            if not task.dead:
+                task.registers[r.RAX] = result & r.WORD
+        elif isinstance(result, Generator) and not task.dead:
+            task.generator = result
+            self._go_on(task)
+
+    def _go_on(self, task: Task) -> None:
+        """Let a system call that was waiting go on, to its end or its next wait."""
+        generator = task.generator
+        assert generator is not None
+        woken, task.woken_by = task.woken_by, None
+        interrupting, task.interrupting = task.interrupting, False
+        try:
+            if interrupting and task.signal_pending():
+                wait = generator.throw(Interrupted())
+            else:
+                wait = generator.send(woken)
+            if task.dead:
+                generator.close()
+                return
+            queues, deadline = parts(wait)
+            if task.signal_pending() and not task.awaited:  # it came before the wait
+                task.interrupting = True
+                self.ready(task)
+            else:
+                task.wait(queues, deadline)
+            return
+        except StopIteration as stop:
+            result = stop.value
+        except Errno as error:
+            result = -error.number
+        except MemoryError:
+            result = -errno.ENOMEM
+        except Interrupted:
+            task.interrupted, result = task.call, None
+        task.generator = None
+        if result is not None and not task.dead:
+            task.registers[r.RAX] = result & r.WORD
+
+    def _fault(self, task: Task, address: int, error: int) -> None:
+        """A page fault that the tables in force do not explain."""
+        self.counters["faults"] += 1
+        try:
+            outcome = task.memory.fault(address, bool(error & PF_WRITE), bool(error & PF_FETCH))
+        except Errno:
+            self._out_of_memory(task)
+            return
+        if outcome == OK:
+            return
+        task.fault, task.fault_address = (error, PAGE_FAULT), address
+        signo = signal.SIGBUS if outcome == BUSERR else signal.SIGSEGV
+        code = 2 if outcome in (BUSERR, ACCERR) else 1
+        signals.force(task, Info(int(signo), code, address.to_bytes(8, "little")))
+
+    def _exception(self, task: Task, space: Space) -> None:
+        signo, code = EXCEPTIONS.get(space.vector, (signal.SIGSEGV, signals.SI_KERNEL))
+        task.fault, task.fault_address = (space.error, space.vector), 0
+        where = task.registers[r.RIP] if code != signals.SI_KERNEL else 0
+        signals.force(task, Info(int(signo), code, where.to_bytes(8, "little")))
+
+    def _out_of_memory(self, task: Task) -> None:
+        process = task.process
+        self.say(
+            f"out of memory: killed {process.name.decode(errors='replace')}[{process.pid}],"
+            f" {len(task.memory.pages)} pages; {self.frames.free} are free"
+        )
+        process.exit(int(signal.SIGKILL))
+
+
+async def _again() -> None:
+    """Let the other tasks of this domain run, then go on."""
+    event = sched.Event()
+    sched.current_scheduler().at(0, event.set)
+    await event.wait()

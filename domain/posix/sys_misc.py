@@ -1,0 +1,192 @@
+"""System calls on identity, limits and the machine (kernel/sys.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from domain.posix.errors import Errno
+from domain.posix.sys_process import rusage
+from domain.posix.table import signed32, syscall
+from domain.posix.vma import STACK_BYTES
+from hypervisor.public.types import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from domain.posix.task import Task
+
+RLIMIT_STACK, RLIMIT_NPROC, RLIMIT_NOFILE, NR_LIMITS = 3, 6, 7, 16
+INFINITY = (1 << 64) - 1
+DEFAULTS = {RLIMIT_STACK: (STACK_BYTES, INFINITY), RLIMIT_NPROC: (1024, 1024), RLIMIT_NOFILE: (1024, 4096)}
+RELEASE = b"6.1.0-ring1"
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 3, 15, 16
+RANDOM_MOST = 1 << 25
+
+
+@syscall(63)
+def sys_uname(task: Task, address: int) -> int:
+    fields = (b"Linux", task.system.hostname, RELEASE, b"#1 ring1", b"x86_64", b"(none)")
+    task.memory.copy_out(address, b"".join(field[:64].ljust(65, b"\0") for field in fields))
+    return 0
+
+
+@syscall(170)
+def sys_sethostname(task: Task, address: int, size: int) -> int:
+    if size > 64:
+        raise Errno(errno.EINVAL)
+    task.system.hostname = task.memory.copy_in(address, size)
+    return 0
+
+
+@syscall(102)
+def sys_getuid(task: Task) -> int:
+    return task.process.uid
+
+
+@syscall(104)
+def sys_getgid(task: Task) -> int:
+    return task.process.gid
+
+
+@syscall(107)
+def sys_geteuid(task: Task) -> int:
+    return task.process.uid
+
+
+@syscall(108)
+def sys_getegid(task: Task) -> int:
+    return task.process.gid
+
+
+@syscall(115)
+def sys_getgroups(task: Task, size: int, address: int) -> int:
+    return 0
+
+
+def _root_only(number: int) -> int:
+    if signed32(number) not in (0, -1):
+        raise Errno(errno.EPERM)
+    return 0
+
+
+@syscall(105, "partial", "uid 0 only: there are no other users")
+def sys_setuid(task: Task, uid: int) -> int:
+    return _root_only(uid)
+
+
+@syscall(106, "partial", "gid 0 only")
+def sys_setgid(task: Task, gid: int) -> int:
+    return _root_only(gid)
+
+
+@syscall(116, "partial", "the list is not kept")
+def sys_setgroups(task: Task, size: int, address: int) -> int:
+    return 0
+
+
+@syscall(302, "partial", "kept and told; RLIMIT_NOFILE is enforced")
+def sys_prlimit64(task: Task, pid: int, which: int, new: int, old: int) -> int:
+    process = task.process if not signed32(pid) else task.system.processes.get(signed32(pid))
+    if process is None:
+        raise Errno(errno.ESRCH)
+    if which >= NR_LIMITS:
+        raise Errno(errno.EINVAL)
+    before = process.limits.get(which, DEFAULTS.get(which, (INFINITY, INFINITY)))
+    wanted = struct.unpack("<QQ", task.memory.copy_in(new, 16)) if new else None
+    if wanted and wanted[0] > wanted[1]:
+        raise Errno(errno.EINVAL)
+    if old:
+        task.memory.copy_out(old, struct.pack("<QQ", *before))
+    if wanted:
+        process.limits[which] = (wanted[0], wanted[1])
+        if which == RLIMIT_NOFILE:
+            for each in process.tasks:
+                each.files.limit = min(wanted[0], 1 << 16)
+    return 0
+
+
+@syscall(97, "partial", "as prlimit64")
+def sys_getrlimit(task: Task, which: int, address: int) -> int:
+    return sys_prlimit64(task, 0, which, 0, address)
+
+
+@syscall(160, "partial", "as prlimit64")
+def sys_setrlimit(task: Task, which: int, address: int) -> int:
+    return sys_prlimit64(task, 0, which, address, 0)
+
+
+@syscall(98, "partial", "processor time only")
+def sys_getrusage(task: Task, who: int, address: int) -> int:
+    process = task.process
+    task.memory.copy_out(address, rusage(process.children_cpu_ns if signed32(who) == -1 else process.cpu_ns))
+    return 0
+
+
+@syscall(99)
+def sys_sysinfo(task: Task, address: int) -> int:
+    system = task.system
+    total, free = system.frames.used + system.frames.free, system.frames.free
+    head = struct.pack("<q3Q6QHHI", system.now_ns() // 10**9, 0, 0, 0, total * PAGE_SIZE, free * PAGE_SIZE, 0, 0, 0, 0,
+                       len(system.processes), 0, 0)  # fmt: skip
+    task.memory.copy_out(address, (head + struct.pack("<QQI", 0, 0, 1)).ljust(112, b"\0"))
+    return 0
+
+
+@syscall(318)
+def sys_getrandom(task: Task, address: int, size: int, flags: int) -> int:
+    if flags & ~7:
+        raise Errno(errno.EINVAL)
+    size = min(size, RANDOM_MOST)
+    task.memory.copy_out(address, os.urandom(size))
+    return size
+
+
+@syscall(157, "partial", "PR_SET_NAME and PR_GET_NAME; the rest is EINVAL")
+def sys_prctl(task: Task, option: int, argument: int) -> int:
+    if option == PR_SET_NAME:
+        task.process.name = task.memory.copy_in(argument, 16).split(b"\0")[0][:15]
+    elif option == PR_GET_NAME:
+        task.memory.copy_out(argument, task.process.name.ljust(16, b"\0"))
+    elif option == PR_GET_DUMPABLE:
+        return 1
+    elif option != PR_SET_PDEATHSIG:
+        raise Errno(errno.EINVAL)
+    return 0
+
+
+@syscall(24)
+def sys_sched_yield(task: Task) -> int:
+    task.system.yielding = True
+    return 0
+
+
+@syscall(203, "none", "there is one virtual CPU")
+def sys_sched_setaffinity(task: Task, pid: int, size: int, address: int) -> int:
+    return 0
+
+
+@syscall(204)
+def sys_sched_getaffinity(task: Task, pid: int, size: int, address: int) -> int:
+    if size < 8:
+        raise Errno(errno.EINVAL)
+    task.memory.copy_out(address, (1).to_bytes(8, "little"))
+    return 8
+
+
+@syscall(140, "none", "every process has the same priority")
+def sys_getpriority(task: Task, which: int, who: int) -> int:
+    return 20
+
+
+@syscall(141, "none", "every process has the same priority")
+def sys_setpriority(task: Task, which: int, who: int, value: int) -> int:
+    return 0
+
+
+@syscall(309)
+def sys_getcpu(task: Task, cpu: int, node: int) -> int:
+    for address in (cpu, node):
+        if address:
+            task.memory.copy_out(address, bytes(4))
+    return 0

@@ -1,0 +1,222 @@
+/* What busybox does not exercise: threads, handlers, faults, preemption. One program, the first argument says what. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t turn = PTHREAD_COND_INITIALIZER;
+static long count, ready;
+static __thread long own;
+
+static void *counter(void *unused)
+{
+    (void)unused;
+    pthread_mutex_lock(&lock);
+    ready++;
+    pthread_cond_broadcast(&turn);
+    while (ready < 4)
+        pthread_cond_wait(&turn, &lock);
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < 20000; i++) {
+        pthread_mutex_lock(&lock);
+        count++;
+        own++;
+        if (i % 1000 == 0)
+            sched_yield();
+        pthread_mutex_unlock(&lock);
+    }
+    return (void *)own;
+}
+
+static int threads(void)
+{
+    pthread_t thread[4];
+    long sum = 0;
+    for (int i = 0; i < 4; i++)
+        if (pthread_create(&thread[i], NULL, counter, NULL))
+            return 1;
+    for (int i = 0; i < 4; i++) {
+        void *value;
+        pthread_join(thread[i], &value);
+        sum += (long)value;
+    }
+    printf("%ld %ld %ld\n", count, sum, own);
+    return 0;
+}
+
+static volatile sig_atomic_t seen;
+static volatile double kept;
+static void note(int signo, siginfo_t *info, void *context)
+{
+    ucontext_t *uc = context;
+    double x = 1.0;
+    for (int i = 0; i < 10; i++)
+        x = x * 1.5 + info->si_pid; /* spoils xmm0.. of whoever was interrupted, which sigreturn puts back */
+    kept = x;
+    seen += signo == SIGUSR1 && info->si_signo == signo && uc->uc_mcontext.gregs[REG_RIP] != 0;
+}
+
+static char other_stack[65536];
+static jmp_buf back;
+static void on_fault(int signo, siginfo_t *info, void *context)
+{
+    char here;
+    (void)context;
+    printf("signal %d code %d at %p, on the other stack: %d\n", signo, info->si_code,
+           signo == SIGFPE ? (void *)0 : info->si_addr,
+           &here >= other_stack && &here < other_stack + sizeof other_stack);
+    siglongjmp(back, 1);
+}
+
+static int handlers(void)
+{
+    struct sigaction act = {.sa_sigaction = note, .sa_flags = SA_SIGINFO | SA_RESTART};
+    stack_t stack = {.ss_sp = other_stack, .ss_size = sizeof other_stack};
+    int pipes[2];
+    char byte = 0;
+    double before = 3.25, after;
+    sigaction(SIGUSR1, &act, NULL);
+    __asm__ volatile("movsd %0, %%xmm7" : : "m"(before) : "xmm7");
+    kill(getpid(), SIGUSR1);
+    __asm__ volatile("movsd %%xmm7, %0" : "=m"(after));
+    printf("seen %d, xmm7 %.2f\n", (int)seen, after);
+
+    if (pipe(pipes))
+        return 1;
+    if (!fork()) {
+        usleep(20000);
+        kill(getppid(), SIGUSR1);
+        usleep(20000);
+        if (write(pipes[1], "x", 1) != 1)
+            _exit(1);
+        _exit(0);
+    }
+    ssize_t got = read(pipes[0], &byte, 1); /* SA_RESTART: goes on */
+    printf("seen %d, read %zd %c\n", (int)seen, got, byte);
+    wait(NULL);
+
+    act.sa_flags = SA_SIGINFO;
+    sigaction(SIGUSR1, &act, NULL);
+    pid_t child = fork();
+    if (!child) {
+        usleep(20000);
+        kill(getppid(), SIGUSR1);
+        usleep(100000);
+        _exit(0);
+    }
+    got = read(pipes[0], &byte, 1);
+    printf("read %zd %s\n", got, got < 0 && errno == EINTR ? "EINTR" : "?");
+    waitpid(child, NULL, 0);
+
+    sigaltstack(&stack, NULL);
+    struct sigaction fault = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    sigaction(SIGSEGV, &fault, NULL);
+    if (!sigsetjmp(back, 1))
+        *(volatile int *)0x123450 = 1;
+    static const int fixed = 1;
+    if (!sigsetjmp(back, 1))
+        *(volatile int *)&fixed = 2;
+    struct sigaction arith = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    sigaction(SIGFPE, &arith, NULL);
+    if (!sigsetjmp(back, 1))
+        __asm__ volatile("xorl %%ecx, %%ecx; movl $1, %%eax; cltd; idivl %%ecx" ::: "eax", "ecx", "edx");
+
+    struct itimerval timer = {.it_value = {.tv_usec = 20000}};
+    signal(SIGALRM, SIG_IGN);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    signal(SIGALRM, SIG_DFL);
+    setitimer(ITIMER_REAL, &timer, NULL);
+    printf("sigtimedwait %d\n", sigwaitinfo(&set, NULL));
+    return 0;
+}
+
+static int spin(const char *name)
+{
+    struct timespec start, now;
+    volatile unsigned long turns = 0;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        for (int i = 0; i < 100000; i++)
+            turns++;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((now.tv_sec - start.tv_sec) * 1000 + (now.tv_nsec - start.tv_nsec) / 1000000 < 600);
+    printf("%s %lu\n", name, turns);
+    return 0;
+}
+
+static int memory(void)
+{
+    size_t size = 8 << 20;
+    unsigned char *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (size_t i = 0; i < size; i += 4096)
+        p[i] = (unsigned char)(i >> 12);
+    *shared = 0;
+    if (!fork()) {
+        for (size_t i = 0; i < size; i += 8192)
+            p[i] = 255;
+        *shared = 42;
+        _exit(p[4096] == 1 ? 0 : 1);
+    }
+    int status;
+    wait(&status);
+    int wrong = 0;
+    for (size_t i = 0; i < size; i += 4096)
+        wrong += p[i] != (unsigned char)(i >> 12);
+    p = mremap(p, size, 2 * size, MREMAP_MAYMOVE);
+    printf("child %d, wrong %d, shared %d, moved %d %d\n", status, wrong, *shared, p[4096 * 7], p[size + 5]);
+    munmap(p, 2 * size);
+    return 0;
+}
+
+static int forks(int argc, char **argv)
+{
+    int times = argc > 2 ? atoi(argv[2]) : 100;
+    struct timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (int i = 0; i < times; i++) {
+        pid_t child = fork();
+        if (!child) {
+            if (argc > 3)
+                execv(argv[3], argv + 3);
+            _exit(0);
+        }
+        waitpid(child, NULL, 0);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    printf("%.1f us\n", ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)) / 1e3 / times);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (!strcmp(what, "threads"))
+        return threads();
+    if (!strcmp(what, "handlers"))
+        return handlers();
+    if (!strcmp(what, "spin"))
+        return spin(argv[2]);
+    if (!strcmp(what, "memory"))
+        return memory();
+    if (!strcmp(what, "forks"))
+        return forks(argc, argv);
+    if (!strcmp(what, "wild"))
+        *(volatile int *)0x7fffff0000 = 1;
+    return 2;
+}

@@ -1,0 +1,236 @@
+"""Address spaces of programs against a plain model: areas, frames, copy on write, and what comes back at the end."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import pytest
+
+from domain.posix.errors import Errno
+from domain.posix.frames import TABLE_RESERVE, Frames, PageCache
+from domain.posix.memory import ACCERR, BUSERR, MAPERR, OK, Memory
+from domain.posix.vma import MMAP_TOP, Areas, Vma
+from hypervisor.public.types import PAGE_SIZE
+from tests.domain.posix.traced import Machine
+
+BASE = 0x40_0000
+
+
+class Table:
+    """What is in force, as the hypervisor would have it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[int, bool, bool]] = {}
+
+    def map(self, page: int, pfn: int, write: bool, execute: bool) -> None:
+        self.entries[page] = pfn, write, execute
+
+    def unmap(self, page: int) -> None:
+        self.entries.pop(page, None)
+
+    def clear(self) -> None:
+        self.entries.clear()
+
+    def flush(self) -> None:
+        pass
+
+
+class File:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.generation = bytearray(data), 0
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, offset: int, count: int) -> bytes:
+        return bytes(self.data[offset : offset + count])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.data[offset : offset + len(data)] = data
+        self.generation += 1
+
+
+@pytest.fixture
+def frames() -> Frames:
+    machine = Machine(1024)
+    return Frames(machine, machine.base)
+
+
+@pytest.fixture
+def memory(frames: Frames) -> Memory:
+    return Memory(frames, PageCache(frames), Table())
+
+
+def check(*spaces: Memory) -> None:
+    """No frame that two spaces have is writable in either, unless its area is shared; every count is what is held."""
+    held: dict[int, int] = {}
+    for space in spaces:
+        table: Table = space.table  # type: ignore[assignment]
+        for page, value in space.pages.items():
+            held[value >> 2] = held.get(value >> 2, 0) + 1
+            vma = space.areas.find(page << 12)
+            assert vma is not None, f"page {page:#x} lies in no area"
+            entry = table.entries.get(page)
+            assert (entry is not None) == bool(vma.prot)
+            if entry and entry[1]:
+                assert vma.prot & 2
+                assert vma.shared or space.frames.references[value >> 2] == 1, f"{page:#x} is shared and writable"
+    frames = spaces[0].frames
+    for pages in spaces[0].cache._files.values():
+        for pfn in pages[1].values():
+            held[pfn] = held.get(pfn, 0) + 1
+    assert held == frames.references
+
+
+def test_a_fault_fills_the_pages_around(memory: Memory) -> None:
+    memory.map(BASE, 64 * PAGE_SIZE, 3)
+    assert memory.fault(BASE + 20 * PAGE_SIZE, write=True) == OK
+    assert sorted(memory.pages) == [(BASE >> 12) + page for page in range(16, 32)]
+    check(memory)
+
+
+def test_what_a_fault_comes_to(memory: Memory) -> None:
+    memory.map(BASE, PAGE_SIZE, 1)
+    memory.map(BASE + PAGE_SIZE, 2 * PAGE_SIZE, 3, file=File(b"short"))
+    assert memory.fault(BASE - 1, write=False) == MAPERR
+    assert memory.fault(BASE, write=True) == ACCERR
+    assert memory.fault(BASE, write=False, fetch=True) == ACCERR
+    assert memory.fault(BASE + 2 * PAGE_SIZE, write=False) == BUSERR
+    with pytest.raises(Errno) as error:
+        memory.copy_out(BASE, b"x")
+    assert error.value.number == errno.EFAULT
+
+
+def test_fork_copies_what_is_written_and_nothing_else(memory: Memory, frames: Frames) -> None:
+    memory.map(BASE, 16 * PAGE_SIZE, 3)
+    memory.copy_out(BASE, b"parent" * 1000)
+    before = frames.used
+    child = memory.fork(Table())
+    assert frames.used == before
+    check(memory, child)
+    child.copy_out(BASE, b"child")
+    assert memory.copy_in(BASE, 6) == b"parent" and child.copy_in(BASE, 6) == b"childt"
+    assert frames.used == before + 1
+    memory.copy_out(BASE, b"PARENT")  # the last one that has it: no copy
+    assert frames.used == before + 1
+    check(memory, child)
+    child.clear()
+    memory.clear()
+    assert frames.used == 0
+
+
+def test_a_shared_mapping_stays_shared_and_reaches_its_file(memory: Memory) -> None:
+    file = File(b"a" * PAGE_SIZE)
+    memory.map(BASE, PAGE_SIZE, 3, shared=True, file=file)
+    memory.copy_out(BASE, b"one")
+    child = memory.fork(Table())
+    child.copy_out(BASE + 3, b"two")
+    assert memory.copy_in(BASE, 7) == b"onetwoa"
+    memory.unmap(BASE, PAGE_SIZE)
+    assert file.data[:7] == b"onetwoa"
+
+
+def test_a_file_that_changed_is_read_again(memory: Memory) -> None:
+    file = File(b"old!")
+    memory.map(BASE, PAGE_SIZE, 1, file=file)
+    assert memory.copy_in(BASE, 4) == b"old!"
+    file.write(0, b"new!")
+    memory.map(BASE, PAGE_SIZE, 1, file=file)
+    assert memory.copy_in(BASE, 4) == b"new!"
+    check(memory)
+
+
+def test_programs_leave_the_kernel_what_its_tables_need() -> None:
+    machine = Machine(TABLE_RESERVE + 10)
+    small = Frames(machine, machine.base)
+    memory = Memory(small, PageCache(small), Table())
+    memory.map(BASE, 64 * PAGE_SIZE, 3)
+    with pytest.raises(Errno) as error:
+        for page in range(64):
+            memory.copy_out(BASE + page * PAGE_SIZE, b"x")
+    assert error.value.number == errno.ENOMEM
+    assert machine.nr_free >= TABLE_RESERVE
+    check(memory)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sequence_is_what_a_plain_model_says(seed: int, frames: Frames) -> None:  # noqa: PLR0912, one game
+    """A dict of bytes and protections a page is the model; two spaces, of which one is a fork now and then."""
+    dice = random.Random(seed)
+    spaces = [Memory(frames, PageCache(frames), Table())]
+    models: list[dict[int, tuple[int, int]]] = [{}]  # page: (prot, first byte)
+    for _ in range(600):
+        which = dice.randrange(len(spaces))
+        space, model = spaces[which], models[which]
+        page, count = dice.randrange(24), dice.randrange(1, 9)
+        at, size, span = BASE + page * PAGE_SIZE, count * PAGE_SIZE, range(page, page + count)
+        match dice.choice("map unmap protect write write read fork exit discard".split()):
+            case "map":
+                prot = dice.choice((0, 1, 3, 5))
+                space.map(at, size, prot)
+                model.update(dict.fromkeys(span, (prot, 0)))
+            case "unmap":
+                space.unmap(at, size)
+                for gone in span:
+                    model.pop(gone, None)
+            case "protect":
+                prot = dice.choice((0, 1, 3))
+                if all(p in model for p in span):
+                    space.protect(at, size, prot)
+                    model.update({p: (prot, model[p][1]) for p in span})
+                else:
+                    with pytest.raises(Errno):
+                        space.protect(at, size, prot)
+            case "write":
+                value = dice.randrange(1, 256)
+                if model.get(page, (0, 0))[0] & 2:
+                    space.copy_out(at, bytes([value]))
+                    model[page] = model[page][0], value
+                else:
+                    with pytest.raises(Errno):
+                        space.copy_out(at, bytes([value]))
+            case "read":
+                if model.get(page, (0, 0))[0]:
+                    assert space.copy_in(at, 1)[0] == model[page][1]
+                else:
+                    with pytest.raises(Errno):
+                        space.copy_in(at, 1)
+            case "fork" if len(spaces) < 3:
+                spaces.append(space.fork(Table()))
+                models.append(dict(model))
+            case "exit" if len(spaces) > 1:
+                spaces.pop(which).clear()
+                models.pop(which)
+            case "discard":
+                space.discard(at, at + size)
+                model.update({p: (model[p][0], 0) for p in span if p in model})
+        check(*spaces)
+    for space in spaces:
+        space.clear()
+    assert frames.used == 0
+
+
+def test_mremap_moves_frames_and_not_bytes(memory: Memory, frames: Frames) -> None:
+    memory.map(BASE, 2 * PAGE_SIZE, 3)
+    memory.map(BASE + 2 * PAGE_SIZE, PAGE_SIZE, 1)
+    memory.copy_out(BASE, b"kept")
+    used = frames.used
+    with pytest.raises(Errno):
+        memory.remap(BASE, 2 * PAGE_SIZE, 4 * PAGE_SIZE, may_move=False)
+    where = memory.remap(BASE, 2 * PAGE_SIZE, 4 * PAGE_SIZE, may_move=True)
+    assert memory.copy_in(where, 4) == b"kept" and frames.used == used
+    assert memory.fault(BASE, write=False) == MAPERR
+    check(memory)
+
+
+def test_gaps_are_found_from_the_top() -> None:
+    areas = Areas()
+    first = areas.gap(PAGE_SIZE)
+    assert first == MMAP_TOP - PAGE_SIZE
+    areas.insert(Vma(first, first + PAGE_SIZE, 3, file=File(b"")))
+    areas.insert(Vma(first - 3 * PAGE_SIZE, first - 2 * PAGE_SIZE, 3))
+    assert areas.gap(2 * PAGE_SIZE) == first - 2 * PAGE_SIZE
+    assert areas.gap(3 * PAGE_SIZE) == first - 6 * PAGE_SIZE
+    assert areas.gap(MMAP_TOP) is None

@@ -1,0 +1,115 @@
+"""Unmodified programs in the POSIX kernel, over the stand-in for the mechanism, against what the host says of the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from domain.posix.signals import CORE_DUMPED
+from tests.domain.posix import programs
+
+SOURCE = Path(__file__).with_name("programs.c")
+pytestmark = [
+    pytest.mark.skipif(not os.path.exists(programs.BUSYBOX), reason="needs busybox-static as /bin/busybox"),
+    pytest.mark.timeout(60),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    (root / "bin").mkdir()
+    command = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", str(SOURCE), "-o"]
+    subprocess.run([*command, str(root / "bin/programs")], check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def disk(folder: Path) -> bytes:
+    return programs.archive(folder)
+
+
+def shell(script: str, disk: bytes) -> tuple[str, int]:
+    """Output, and the exit code that a shell would tell of it."""
+    result = programs.run(["/bin/sh", "-c", script], disk)
+    return result.output.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(result.status & ~CORE_DUMPED)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo hello | cat | tr a-z A-Z",
+        "(echo inner; exit 3); echo $?",
+        "x=$(echo one; echo two | rev); echo \"$x\" | wc -l; echo $x",
+        "seq 300 | sort -rn | head -3",
+        "cd; mkdir d; echo text >d/f; cp d/f d/g; cat <d/g >>d/f; grep -c text d/f; wc -c d/f; ls -1 d; rm -r d; ls d 2>&1",
+        "md5sum </bin/busybox",
+        "for i in 1 2 3; do echo $i; done | while read n; do echo $((n * n)); done",
+        "sh -c 'kill -SEGV $$' 2>/dev/null; echo $?; sh -c 'kill -TERM $$' 2>/dev/null; echo $?",
+        "trap 'echo caught' USR1; kill -USR1 $$; echo after",
+        "(sleep 9 & p=$!; kill $p; wait $p; echo $?) 2>/dev/null",
+        "yes | head -1; echo ${PIPESTATUS:-none}",
+        "exit 7",
+        "cat <<X\nhere $((6*7))\nX",
+        "awk 'BEGIN { for (i = 0; i < 1000; i++) s += i; print s }'",
+        "dd if=/dev/zero bs=4k count=100 2>/dev/null | md5sum",
+        "tar cf - -C /bin busybox | gzip -1 | gunzip | tar xOf - | md5sum",
+        "nonesuch 2>/dev/null; echo $?",
+        "timeout 1 sleep 5 2>/dev/null; echo $?",
+    ],
+)
+def test_busybox_says_what_it_says_on_the_host(script: str, disk: bytes, tmp_path: Path) -> None:
+    busybox = subprocess.run(
+        [programs.BUSYBOX, "sh", "-c", script], capture_output=True, check=False,
+        env={"PATH": f"{_applets(tmp_path / 'applets')}:/bin", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    output, code = shell(script, disk)
+    assert output == (busybox.stdout + busybox.stderr).decode()
+    assert code == busybox.returncode
+
+
+def _applets(folder: Path) -> Path:
+    folder.mkdir()
+    subprocess.run([programs.BUSYBOX, "--install", "-s", str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["threads", "handlers", "memory"])
+def test_a_static_glibc_program_says_what_it_says_on_the_host(what: str, folder: Path, disk: bytes) -> None:
+    host = subprocess.run([folder / "bin/programs", what], capture_output=True, check=True)
+    result = programs.run(["/bin/programs", what], disk)
+    assert result.output.replace(b"\r\n", b"\n") == host.stdout
+    assert result.status == 0
+
+
+def test_programs_that_only_compute_share_the_processor(disk: bytes) -> None:
+    result = programs.run(["/bin/sh", "-c", "for i in 1 2 3; do programs spin $i & done; wait"], disk)
+    turns = [int(line.split()[1]) for line in result.output.splitlines()]
+    assert len(turns) == 3
+    assert max(turns) < 2 * min(turns), turns
+    assert result.system.counters["preemptions"] >= 20
+
+
+def test_a_wild_store_costs_its_program_alone(disk: bytes) -> None:
+    output, code = shell("programs wild; echo $?", disk)
+    assert output.splitlines()[-1] == "139"
+    assert code == 0
+
+
+def test_what_memory_does_not_hold_is_killed_and_said(disk: bytes) -> None:
+    result = programs.run(["/bin/sh", "-c", "programs memory; echo $?"], disk, pages=2600)
+    lines = result.output.decode().splitlines()
+    assert any(line.startswith("out of memory: killed programs[") for line in lines), lines
+    assert lines[-1].strip() == "137"
+
+
+def test_nothing_is_left_of_programs_that_ended(disk: bytes) -> None:
+    """Frames that processes held are free; only the cache of files keeps its own."""
+    result = programs.run(["/bin/sh", "-c", "for i in 1 2 3 4 5; do (echo $i | cat) >/dev/null; done"], disk)
+    result.system.cache.shrink()
+    assert result.system.frames.used == 0
+    assert list(result.system.processes) == [1]
+    assert len(result.system.idle_spaces) <= 4
