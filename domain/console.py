@@ -40,6 +40,11 @@ class Console:
             self._backlog = self._backlog[-BACKLOG:]
         self._push()
 
+    @property
+    def waiting(self) -> int:
+        """Bytes written that the ring had no room for yet."""
+        return len(self._backlog)
+
     async def read(self) -> bytes:
         """Bytes typed so far, at least one."""
         while not self._input:

@@ -24,6 +24,7 @@ class EventChannels:
         self._events: dict[int, Event] = {}
         self._virqs: set[int] = set()  # the ports of ours that cannot send
         self.received = self.sent = 0
+        self._upcall_pending: Any = ffi.cast("volatile uint8_t *", shared_info)  # vcpu_info begins with it
         lib.upcall_mask(self.shared_info)  # interrupts off, but while we sleep
 
     # ---- ports
@@ -83,6 +84,10 @@ class EventChannels:
         if not event.is_set:
             await event.wait()
         event.is_set = False
+
+    def pending(self) -> bool:
+        """Whether an event waits to be handed out: for who works long without looking."""
+        return bool(self._upcall_pending[0])
 
     def hand_out(self, ports: Iterable[int]) -> None:
         """To their waiters: these were pending."""

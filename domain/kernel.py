@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from domain.netfront import NetDevice
     from domain.paging import AddressSpace
 
+ARCHIVE = b"07070"  # how a cpio archive begins: an image that is a ramdisk
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -101,10 +102,12 @@ class Kernel:
         raise SystemExit(0)
 
     def load(self) -> Any:
-        """The program's main: of the driver domain's module, or of the delivered image."""
+        """The program's main: of the driver domain's module, of the delivered image, or, for a ramdisk, the POSIX kernel's."""
         if self.start.entry:
             return importlib.import_module(self.start.entry).main
         source = memory.read(self.start.window + self.start.mod_start, self.start.mod_len)
+        if source.startswith(ARCHIVE):
+            return importlib.import_module("domain.posix.main").main
         module = ModuleType("__guest__")
         sys.modules["__guest__"] = module
         try:

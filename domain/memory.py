@@ -3,7 +3,7 @@
 Interface:
   * Memory.alloc(nr) -> Pages (zeroed, contiguous pfns), free.
   * Memory.release(nr) -> int, obtain(nr) -> int: free pages to the machine, and from it; nr_pages, nr_free, nr_holes.
-  * read, write, zero: one copy in C by host address.
+  * read, write, copy, zero: one copy in C by host address.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def read(address: int, size: int) -> bytes:
 
 def write(address: int, data: bytes | memoryview) -> None:
     lib.memory_copy(ffi.cast("void *", address), ffi.from_buffer(data), len(data))
+
+
+def copy(to: int, source: int, size: int) -> None:
+    """Between two host addresses, which do not overlap."""
+    lib.memory_copy(ffi.cast("void *", to), ffi.cast("void *", source), size)
 
 
 def zero(address: int, size: int) -> None:

@@ -151,6 +151,14 @@ class Scheduler:
             if call is not None:
                 call()
 
+    def next_timer_ns(self, limit: int) -> int:
+        """Nanoseconds to the next timer, at most `limit`, at least 0: for who keeps the processor from this scheduler."""
+        return max(0, min(limit, self._timers[0][0] - self.now_ns())) if self._timers else limit
+
+    def overdue(self) -> bool:
+        """Whether a timer is."""
+        return bool(self._timers) and self._timers[0][0] <= self.now_ns()
+
     def _until_timer(self) -> float:
         """Seconds to the next timer, -1 for none. A cancelled one wakes nobody."""
         while self._timers and self._timers[0][2].call is None:
