@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
     from hypervisor.domain import Domain
 
-SHARE = 0.04  # of one CPU
+SHARE = 0.02  # of one CPU
 BURST_NS = 2_000_000
 OVERHEAD_NS = 12_000  # of a call beyond its handler: our waking, the look at the queues, the reply, two switches
 FREE_NS = 30_000
