@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import budget, guest_access, space
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from hypervisor.domain import Domain, Process
 
 TASK_END = (1 << 47) - PAGE_SIZE
-BOOT_SECONDS = 5.0  # from fork to the first word
+BOOT_SECONDS = 5.0  # from fork to the first word, and from there until it is ready
+BOOT_NS = int(BOOT_SECONDS * 1e9)
 
 
 class User:
@@ -65,6 +67,7 @@ class User:
         self.dying, self.why = False, ""
         self.is_gone = False
         self._waiting: list[Resume] = []
+        self.on_fall: Callable[[], None] | None = None
 
     def fail(self, why: str) -> None:
         """Begin its end."""
@@ -78,6 +81,32 @@ class User:
     def handed_over(self) -> None:
         self.monitor.handed_over()
         self._theirs.close()
+
+    def ready(self, resume: Resume) -> None:
+        """A Wait: until its thread is locked in and has left its first stack, which may then be unmapped; or MonitorGone."""
+        fd = self.fault_socket.fileno()
+
+        def finish(value: object) -> None:
+            timer.cancel()
+            self._hv.loop.unwatch(fd)
+            self.on_fall = None
+            resume(value)
+
+        def look() -> None:
+            try:
+                word = self.fault_socket.recv(traps.FAULT.size)
+            except BlockingIOError:
+                return
+            except OSError:
+                word = b""
+            finish(None if word else MonitorGone("died before it was ready"))
+
+        if self.dying:
+            self._hv.loop.soon(lambda: resume(MonitorGone("died before it was ready")))
+            return
+        timer = self._hv.loop.at(time.monotonic_ns() + BOOT_NS, lambda: finish(MonitorGone("start-up timed out")))
+        self.on_fall = lambda: finish(MonitorGone("died before it was ready"))
+        self._hv.loop.watch(fd, look)
 
     def gone(self, resume: Resume) -> None:
         """A Wait: until nothing of it can touch a frame."""
@@ -234,6 +263,7 @@ def _start(hv: Hypervisor, domain: Domain, user: User) -> Steps:
     user.monitor_process = hv.children.adopt(int.from_bytes(message[:8], "little"), lambda: fall(hv, user, "monitor died"))
     monitor.listen()
     yield from monitor.lock(f"{domain.name}/monitor")
+    yield user.ready
     yield monitor.batch([
         (SYS_MUNMAP, 0, HYPERVISOR_VIRT_START),
         (SYS_MUNMAP, SPACE_BYTES, TASK_END - SPACE_BYTES),
@@ -323,6 +353,8 @@ def fall(hv: Hypervisor, user: User, why: str) -> None:
     if user.dying:
         return
     user.dying, user.why = True, why
+    if user.on_fall is not None:
+        user.on_fall()
     for process in (user.process, user.monitor_process):
         if process is not None:
             process.signal(signal.SIGKILL)
