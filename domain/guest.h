@@ -56,15 +56,18 @@ struct user { /* the space of a program, as its kernel knows it; user.c */
     uint64_t frame, fpu; /* offsets in the region, for good */
     uint32_t fpu_bytes, upcall;
     uint64_t registers[27]; /* struct user_regs_struct */
+    uint64_t came_with[27]; /* of a direct call */
     uint64_t number, arguments[6], address;
     uint32_t native, error, vector;
-    uint32_t told; /* 1: it was told to give the CPU back, and has not yet */
+    uint32_t told;   /* 1: it was told to give the CPU back, and has not yet */
+    uint32_t direct; /* 1: it is in a direct call, and has no frame */
     uint64_t traps; /* so far */
 };
 int32_t user_init(void);
 int32_t user_begin(struct user *u, int64_t ns);
 int32_t user_run(struct user *u, int64_t ns);
 int32_t user_wait(struct user *u, int64_t ns);
+int32_t user_frame(struct user *u);
 int64_t raw6(int64_t nr, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f);
 /* cdef end */
 

@@ -32,6 +32,9 @@ _Static_assert(offsetof(struct context, fpstate) == 224, "struct sigcontext");
 enum { FP_XSTATE = 1, SIGCONTEXT_SS = 2, STRICT_RESTORE_SS = 4, SW_RESERVED = 464, XSTATE_MAGIC = 0x46505853 };
 enum { R15, R14, R13, R12, RBP, RBX, R11, R10, R9, R8, RAX, RCX, RDX, RSI, RDI, ORIG_RAX, RIP, CS, EFLAGS, RSP, SS, FS_BASE, GS_BASE };
 
+enum { FRAME_NS = 50000000, FRAME_TRIES = 20 };
+enum { USER_CS = 0x33, USER_SS = 0x2B, USER_FLAGS = 0x202 };
+
 enum { TOLD_LATE = 2 }; /* of `told`: it came back by itself first, so the signal is still to come, and says nothing then */
 
 static sigjmp_buf leave;
@@ -60,7 +63,27 @@ static struct context *context_of(const struct user *u)
     return (struct context *)(void *)(u->control + u->frame);
 }
 
-/* The program goes on with these registers. */
+static struct ring1_call *call_of(const struct user *u)
+{
+    return (struct ring1_call *)(void *)(u->control + RING1_CALL_AT);
+}
+
+static void give_turn(const struct user *u, uint32_t turn)
+{
+    struct ring1_cell *cell = (void *)u->control;
+
+    __atomic_store_n(&cell->turn, turn, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, &cell->turn, FUTEX_WAKE, 1, 0, 0, 0);
+}
+
+/* Whether all that a direct call can take back was changed: its result. */
+static int result_only(struct user *u)
+{
+    u->came_with[RAX] = u->registers[RAX];
+    return !memcmp(u->came_with, u->registers, sizeof u->registers);
+}
+
+/* The program goes on with these registers, in a frame. */
 static void give(struct user *u)
 {
     struct ring1_cell *cell = (void *)u->control;
@@ -78,9 +101,47 @@ static void give(struct user *u)
     c->sigmask = 0;
     cell->fs_base = r[FS_BASE] >> 47 ? 0 : r[FS_BASE];
     cell->gs_base = r[GS_BASE] >> 47 ? 0 : r[GS_BASE];
-    __atomic_store_n(&cell->turn, RING1_TURN_PROGRAM, __ATOMIC_SEQ_CST);
-    syscall(SYS_futex, &cell->turn, FUTEX_WAKE, 1, 0, 0, 0);
+    give_turn(u, RING1_TURN_PROGRAM);
 }
+
+/* A system call, with its arguments in these registers. */
+static int32_t called(struct user *u, uint64_t number, uint32_t arch)
+{
+    uint64_t *r = u->registers;
+
+    r[ORIG_RAX] = u->number = (uint32_t)number;
+    u->native = arch == RING1_ARCH_X86_64 && !(number & RING1_X32_BIT);
+    if (arch == RING1_ARCH_X86_64) {
+        memcpy(u->arguments, (uint64_t[6]){r[RDI], r[RSI], r[RDX], r[R10], r[R8], r[R9]}, sizeof u->arguments);
+    } else {
+        uint64_t a[6] = {r[RBX], r[RCX], r[RDX], r[RSI], r[RDI], r[RBP]};
+
+        for (int i = 0; i < 6; i++)
+            u->arguments[i] = (uint32_t)a[i];
+    }
+    return USER_SYSCALL;
+}
+
+/* A direct call, which is a system call of x86-64's table. What the entry did not keep is as `syscall` leaves it. */
+static int32_t take_call(struct user *u, const struct ring1_cell *cell)
+{
+    struct ring1_call call;
+    uint64_t *r = u->registers;
+
+    memcpy(&call, call_of(u), sizeof call);
+    __asm__ volatile("" : : : "memory");
+    memcpy(r, &call, offsetof(struct ring1_call, rsp));
+    r[RSP] = call.rsp, r[RIP] = call.rcx, r[EFLAGS] = r[R11] = USER_FLAGS, r[CS] = USER_CS, r[SS] = USER_SS;
+    r[FS_BASE] = cell->fs_base, r[GS_BASE] = cell->gs_base;
+    u->traps++;
+    if (u->told)
+        u->told = TOLD_LATE;
+    u->direct = 1;
+    called(u, call.rax, RING1_ARCH_X86_64);
+    memcpy(u->came_with, r, sizeof u->came_with);
+    return USER_SYSCALL;
+}
+_Static_assert(offsetof(struct ring1_call, rsp) == ORIG_RAX * 8, "struct user_regs_struct");
 
 /* Why it came back, from one copy of the cell and of the registers. */
 static int32_t take(struct user *u)
@@ -90,6 +151,9 @@ static int32_t take(struct user *u)
     uint64_t *r = u->registers;
 
     memcpy(&cell, u->control, sizeof cell);
+    __asm__ volatile("" : : : "memory");
+    if (!cell.signal)
+        return take_call(u, &cell);
     memcpy(&c, context_of(u), sizeof c);
     __asm__ volatile("" : : : "memory");
     if (cell.frame != RING1_USER_CONTROL + u->frame || c.fpstate != RING1_USER_CONTROL + u->fpu)
@@ -111,17 +175,7 @@ static int32_t take(struct user *u)
         u->vector = (uint32_t)cell.vector, u->error = cell.error, u->address = cell.address;
         return u->vector == 14 ? USER_FAULT : USER_EXCEPTION;
     }
-    r[ORIG_RAX] = u->number = (uint32_t)cell.number;
-    u->native = cell.arch == RING1_ARCH_X86_64 && !(cell.number & RING1_X32_BIT);
-    if (cell.arch == RING1_ARCH_X86_64) {
-        memcpy(u->arguments, (uint64_t[6]){r[RDI], r[RSI], r[RDX], r[R10], r[R8], r[R9]}, sizeof u->arguments);
-    } else {
-        uint64_t a[6] = {r[RBX], r[RCX], r[RDX], r[RSI], r[RDI], r[RBP]};
-
-        for (int i = 0; i < 6; i++)
-            u->arguments[i] = (uint32_t)a[i];
-    }
-    return USER_SYSCALL;
+    return called(u, cell.number, cell.arch);
 }
 
 static int64_t now_ns(void)
@@ -188,6 +242,39 @@ int32_t user_wait(struct user *u, int64_t ns)
     return why(u);
 }
 
+/* Of a program in a direct call: that it has a frame, where all its registers can be changed. It costs a signal of the host's. */
+int32_t user_frame(struct user *u)
+{
+    struct ring1_cell cell;
+
+    if (!u->direct)
+        return 0;
+    u->direct = 0;
+    give_turn(u, RING1_TURN_FRAME);
+    for (int i = 0; !wait_turn(u, FRAME_NS); i++)
+        if (i == FRAME_TRIES)
+            return USER_DEAD;
+    memcpy(&cell, u->control, sizeof cell);
+    if (turn_of(u) == RING1_TURN_DEAD || cell.signal != SIGILL || cell.frame != RING1_USER_CONTROL + u->frame)
+        return USER_DEAD;
+    return 0;
+}
+
+/* It goes on where it called, if all it is to have is a result; else in a frame. 0, or USER_DEAD. */
+static int32_t resume(struct user *u)
+{
+    if (u->direct && result_only(u)) {
+        u->direct = 0;
+        call_of(u)->rax = u->registers[RAX];
+        give_turn(u, RING1_TURN_PROGRAM);
+        return 0;
+    }
+    if (user_frame(u))
+        return USER_DEAD;
+    give(u);
+    return 0;
+}
+
 static int32_t run_once(struct user *u, int64_t ns)
 {
     sigset_t upcall;
@@ -206,7 +293,10 @@ static int32_t run_once(struct user *u, int64_t ns)
         u->upcall = 1;
         came = turn_of(u) != RING1_TURN_PROGRAM;
     } else {
-        give(u);
+        if (resume(u)) {
+            upcall_mask(u->shared_info);
+            return USER_DEAD;
+        }
         sigprocmask(SIG_UNBLOCK, &upcall, 0);
         came = wait_turn(u, ns);
         sigprocmask(SIG_BLOCK, &upcall, 0);

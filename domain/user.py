@@ -123,6 +123,11 @@ class UserSpace:
         return self._user.vector  # type: ignore[no-any-return]
 
     @property
+    def direct(self) -> bool:
+        """The system call came by the gate's direct entry."""
+        return bool(self._user.direct)
+
+    @property
     def traps(self) -> int:
         """How often it came back."""
         return self._user.traps  # type: ignore[no-any-return]
@@ -131,7 +136,9 @@ class UserSpace:
 
     @property
     def fpu(self) -> bytes:
-        """As the host stores them (XSAVE), a copy. The program may have written anything there: it is only its own to load."""
+        """As the host stores them (XSAVE), a copy. The program may have written anything there: it is only its own to load.
+        Of a program in a direct call this takes a signal of the host's."""
+        self._frame()
         return bytes(ffi.buffer(self._user.control + self._user.fpu, self._user.fpu_bytes))
 
     @fpu.setter
@@ -139,7 +146,12 @@ class UserSpace:
         state = state or self._fresh
         if len(state) != self._user.fpu_bytes:
             raise ValueError(f"{len(state)} bytes of vector registers, here they have {self._user.fpu_bytes}")
+        self._frame()
         lib.memory_copy(self._user.control + self._user.fpu, ffi.from_buffer(state), len(state))
+
+    def _frame(self) -> None:
+        if not self.dead and lib.user_frame(self._user) == lib.USER_DEAD:
+            self.dead = True
 
     # ---- the end
 

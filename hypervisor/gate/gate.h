@@ -50,7 +50,7 @@ long install_filter(const void *program, int count);
 long landlock_abi(void);
 long landlock_all(long abi);
 long keep_capabilities(uint64_t keep);
-long stub_code(char *page, long size);
+long stub_code(char *page);
 long landlock_rules(long abi, uint64_t *rules);
 void enter_kernel(uint64_t entry, uint64_t start_info);
 long fault_install(uint64_t begin, uint64_t bytes, long sock);

@@ -78,7 +78,7 @@ def sealed_code() -> int:
 def stub_image() -> int:
     """The gate of application spaces as a program: one page of code, loaded at USER_GATE, in a sealed file; its descriptor."""
     page = ffi.new("char[4096]")
-    entry = lib.stub_code(page, PAGE_SIZE)
+    entry = lib.stub_code(page)
     assert entry >= 0, f"the gate has {-entry} bytes"
     ident = b"\x7fELF\2\1\1" + bytes(9)
     head = ident + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, MONITOR_CODE + entry, 64, 0, 0, 64, 56, 1, 0, 0, 0)
@@ -373,5 +373,3 @@ def first_message(sock: socket.socket) -> tuple[bytes, list[int]]:
     if not data:
         raise MonitorGone
     return data, fds
-
-

@@ -7,7 +7,8 @@ Host mappings follow the root's tables as a kernel's do.
 
     0x7F_FC00_0000  USER_GATE: the gate's code and the monitor's, the only page from which the host takes a system call
     0x7F_FC00_1000  commands of the space's monitor, read-only
-    0x7F_FC02_0000  USER_CONTROL: the cell, 64 bytes, then to the end of CONTROL_PAGES the stack of signals
+    0x7F_FC02_0000  USER_CONTROL: the cell, 64 bytes, registers of a direct call, 128; from the second page on, to the end
+                    of CONTROL_PAGES, the stack of signals
 
     cell   u32 turn @0   u32 signal @4   u64 number @8   u32 arch @16   u32 error @20   u64 address @24   u64 vector @32
            u64 frame @40   u64 fs_base @48   u64 gs_base @56
@@ -19,6 +20,13 @@ taken away (UserInterrupt), else an exception (`vector`, `error`, and `address` 
 the host's kernel put all registers (Linux's struct ucontext, the vector registers behind a pointer in it); they go back from
 there when the program has the turn. FS and GS base are beside it. A program begins as an exception of the gate's own: whoever
 made the space sets `turn` to 1 before, waits for it to be 0, and finds a frame there.
+
+A program whose kernel rewrote its system calls hands over without the host: it jumps to USER_CALL, in the gate page, with the
+number in rax, where it will go on in rcx, and r11 free. `signal` is 0 then, `frame` as it was, and the registers but RIP (in
+rcx) and RFLAGS are at CALL_AT. If the kernel changes rax alone, turn 1 goes on there. With turn 3 the gate raises an exception
+(vector 6) instead: there is a frame then, with the vector registers, and all can be changed.
+
+    call   u64 r15 @0, r14, r13, r12, rbp, rbx, r11 (not kept), r10, r9, r8, rax @80, rcx @88, rdx, rsi, rdi, rsp @120
 
 The program can write all of this at any time: whoever reads it copies it once, checks, and bounds what it follows.
 
@@ -36,6 +44,7 @@ from hypervisor.public.types import PAGE_SIZE, U64
 
 USER_START = 0x1_0000  # the host maps nothing below
 USER_GATE = HYPERVISOR_VIRT_START
+USER_CALL = USER_GATE + 0xE00
 USER_CONTROL = HYPERVISOR_VIRT_START + 0x2_0000
 CONTROL_PAGES = 8
 CONTROL_BYTES = CONTROL_PAGES * PAGE_SIZE
@@ -43,7 +52,8 @@ MAX_USERS = 128  # spaces of a domain
 
 CELL = struct.Struct("<IIQIIQQQQQ")
 assert CELL.size == 64
-TURN_KERNEL, TURN_PROGRAM, TURN_DEAD = 0, 1, 2
+CALL_AT = CELL.size
+TURN_KERNEL, TURN_PROGRAM, TURN_DEAD, TURN_FRAME = 0, 1, 2, 3
 ARCH_X86_64, X32_BIT = 0xC000003E, 1 << 30
 
 

@@ -380,3 +380,11 @@ def gates_allow_all() -> None:
 
     whole = policy.application
     policy.application = application
+
+
+@seed
+def direct_calls_without_a_frame() -> None:
+    """A kernel that takes the vector registers of the last frame for those of a program in a direct call."""
+    from domain.user import UserSpace
+
+    UserSpace._frame = lambda self: None  # type: ignore[method-assign]

@@ -258,13 +258,14 @@ def test_a_gate_that_allows_everything_is_seen() -> None:
 
 def gate_page() -> bytes:
     page = ffi.new("char[4096]")
-    assert lib.stub_code(page, 4096) >= 0
+    assert lib.stub_code(page) >= 0
     return bytes(ffi.buffer(page))
 
 
 def test_a_program_that_blocks_every_signal_is_given_up(lab: Guest) -> None:
     """rt_sigreturn into a frame of its own: all blocked, an endless loop. Its kernel gets the CPU back and ends it."""
-    out = lab.do("""
+    out = lab.do(
+        """
         import struct, time
         p = Program("8a07 0f05 ebfe")  # mov (%rdi), %al: the frame's page is there; syscall; jmp .
         context = bytearray(304)
@@ -284,7 +285,8 @@ def test_a_program_that_blocks_every_signal_is_given_up(lab: Guest) -> None:
         kind2 = q.run(10_000_000)
         q.end()
         return kind, kind2, took
-    """.replace("SIGRETURN", str(USER_GATE + gate_page().index(bytes.fromhex("b80f000000 0f05")))))
+    """.replace("SIGRETURN", str(USER_GATE + gate_page().index(bytes.fromhex("b80f000000 0f05"))))
+    )
     assert out[:2] == [5, 3] and 0.5 < out[2] < 10
 
 
