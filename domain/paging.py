@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from domain._guest import ffi, lib
 from domain.memory import Pages
+from domain.traps import set_traps
 from hypervisor.public.boot_tables import DATA, TABLE, UPPER
 from hypervisor.public.layout import HYPERVISOR_VIRT_START, KERNEL_WINDOW, M2P, NR_WINDOWS, SPACE_BYTES, VIRT_BASE
 from hypervisor.public.mmu import ENTRIES, L1_SHIFT, L2_SHIFT, L3_SHIFT, MFN_MASK, MmuextCommand, Pte, entry
 from hypervisor.public.sched import SchedShutdown, ShutdownReason
 from hypervisor.public.start_info import SHARED_CR2, SHARED_WINDOW
-from hypervisor.public.traps import PF_FETCH, PF_PRESENT, PF_WRITE, TRAP_INFO, VECTOR_PAGE_FAULT, SetTrapTable
+from hypervisor.public.traps import PF_FETCH, PF_PRESENT, PF_WRITE, Vector
 from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
 SLOTS = ENTRIES - 1
-USER_CODE_SELECTOR = 0x33  # Linux's, of x86-64: the ring that every kernel here runs in
 DIGITS = "0123456789abcdef"  # in the last words: where the C half puts a number
 
 
@@ -81,8 +81,7 @@ class Paging:
         error = message.index(b"code 0x") + len(b"code 0x")
         start = kernel.start
         handler = lib.fault_handler(start.request_mqd, start.reply_mqd, message, len(message), cr2, error, rip, self._cr2)
-        table = TRAP_INFO.pack(VECTOR_PAGE_FAULT, 0, USER_CODE_SELECTOR, handler) + bytes(TRAP_INFO.size)
-        kernel.hypercall(SetTrapTable(self.queue.give(table)))
+        set_traps(kernel, {Vector.PAGE_FAULT: handler})
 
     def load(self, space: AddressSpace) -> None:
         """Make it current. The window that it gets may have been another's, which is shown no more."""

@@ -18,6 +18,7 @@ from hypervisor.gate.monitor import Monitor
 from hypervisor.loop import Resume, Timer
 from hypervisor.public.clock import RunState
 from hypervisor.public.domctl import CreateFlags
+from hypervisor.public.traps import TI_FAST, TI_SHIFT
 from hypervisor.space import Space
 
 if TYPE_CHECKING:
@@ -89,9 +90,13 @@ class Process:
 class Trap(NamedTuple):
     """A handler that the guest kernel registered."""
 
-    address: int  # in its process
-    masks_events: bool  # upcalls are masked on entry
-    dpl: int = 0  # of its gate: from which ring on `int n` may enter it
+    address: int  # in its process; of a fast one, in its applications'
+    flags: int  # TI_*
+
+    @property
+    def word(self) -> int:
+        """As it stands in the page that the entry code of the kernel's process reads."""
+        return 0 if self.flags & TI_FAST else self.address | self.flags << TI_SHIFT
 
 
 class Domain:

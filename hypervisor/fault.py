@@ -9,6 +9,7 @@ A message may also be forged by the guest, in the entry code's place: it gets wh
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ from hypervisor.loop import Steps, run_task
 from hypervisor.public import traps as abi
 from hypervisor.public.errors import XenError
 from hypervisor.public.layout import KERNEL_WINDOW, in_windows
-from hypervisor.public.start_info import SHARED_CR2, SHARED_UPCALL_MASK
+from hypervisor.public.start_info import SHARED_CR2
+from hypervisor.public.traps import Vector
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -83,18 +85,14 @@ def serve(hv: Hypervisor, domain: Domain) -> None:
 
 
 def _run(hv: Hypervisor, domain: Domain, message: bytes, begin: int) -> None:
-    address, error_code, rip, rsp, value = abi.FAULT.unpack(message)
-    store = value if error_code & abi.PF_STORE else None
-    kinds = error_code & KINDS
-    vector = error_code >> abi.PF_VECTOR_SHIFT & 0xFF
-    if error_code & abi.PF_UNHANDLED:
-        domain.fail(f"{_name(vector)} at {rip:#x}, and no handler")
+    address, error, rip, rsp, value = abi.FAULT.unpack(message)
+    if error & abi.PF_UNHANDLED:
+        domain.fail(_last_words(address, error, rip, rsp, value))
         return
-    delivering = vector if error_code & abi.PF_DELIVERY else None
+    store = value if error & abi.PF_STORE else None
+    double = _double(rsp, rip, value) if error & abi.PF_DELIVERY else ""
+    error &= KINDS
     domain.faults += 1
-    if delivering is not None and not in_windows(address):
-        domain.fail(_double(delivering, address))
-        return
     if not in_windows(address):
         domain.fail(f"a page fault outside the windows, at {address:#x}")
         return
@@ -110,8 +108,38 @@ def _run(hv: Hypervisor, domain: Domain, message: bytes, begin: int) -> None:
         listen(hv, domain)
 
     domain.faulting = True
-    steps = _verdict(hv, domain, address - KERNEL_WINDOW, kinds, rsp, store, delivering)
-    run_task(budget.charged(hv, domain, steps, begin), ended)
+    run_task(budget.charged(hv, domain, _verdict(hv, domain, address - KERNEL_WINDOW, error, rsp, store, double), begin), ended)
+
+
+def _last_words(address: int, error: int, rip: int, rsp: int, value: int) -> str:
+    """Why a domain ends whose entry code could not go on."""
+    code = error & (1 << 32) - 1
+    if error & abi.PF_DELIVERY:
+        return _double(rsp, rip, value)
+    if value >= abi.SENT:
+        return f"{_signal(value - abi.SENT)}, which it sent itself"
+    if value == Vector.PAGE_FAULT:
+        where = "that nobody can fill" if in_windows(address) else "outside the windows"
+        return f"page fault {where}, at {address:#x}, error code {code:#x}, instruction {rip:#x}"
+    return f"no handler for {_name(value)} at {rip:#x}, error code {code:#x}"
+
+
+def _double(rsp: int, rip: int, value: int) -> str:
+    return f"double fault: no stack at {rsp:#x} for {_name(value)} at {rip:#x}"
+
+
+def _name(value: int) -> str:
+    """Of what is delivered. Any number may have been sent."""
+    callback = {abi.EVENT: "the event callback", abi.FAILSAFE: "the failsafe callback"}.get(value)
+    known = {vector.value: f" ({vector.name.lower().replace('_', ' ')})" for vector in Vector}
+    return callback or f"vector {value}{known.get(value, '')}"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _reply(domain: Domain, verdict: bytes) -> None:
@@ -123,30 +151,20 @@ def _reply(domain: Domain, verdict: bytes) -> None:
             pass
 
 
-def _name(vector: int) -> str:
-    return f"{abi.NAMES.get(vector, 'interrupt')} ({vector})"
-
-
-def _double(vector: int, address: int) -> str:
-    return f"double fault: no stack at {address:#x} for {_name(vector)}"
-
-
-def _verdict(
-    hv: Hypervisor, domain: Domain, offset: int, error: int, rsp: int, store: int | None, delivering: int | None
-) -> Steps:
-    """The bytes to answer with; none where the domain has ended by it. `store`: what a plain store would have written;
-    `delivering`: the vector of an exception whose frame it would have been part of."""
+def _verdict(hv: Hypervisor, domain: Domain, offset: int, error: int, rsp: int, store: int | None, double: str) -> Steps:
+    """The bytes to answer with; none where the domain has ended by it. `store`: what a plain store would have written.
+    `double`: why the domain ends if the page is not its to write."""
     if (yield from space.fill(hv, domain, offset, error)):
         domain.fills += 1
         return abi.VERDICT.pack(abi.RETRY, 0, 0)
-    if delivering is not None:
-        domain.fail(_double(delivering, KERNEL_WINDOW + offset))
+    if double:
+        domain.fail(double)
         return b""
     if store is not None and domain.writable_tables and error & abi.PF_WRITE:
         what = yield from _update_table(hv, domain, offset, store)
         if what != abi.BOUNCE:
             return abi.VERDICT.pack(what, 0, 0)
-    trap = domain.traps.get(abi.VECTOR_PAGE_FAULT)
+    trap = domain.traps.get(Vector.PAGE_FAULT)
     if trap is None:
         what = "execute" if error & abi.PF_FETCH else "write" if error & abi.PF_WRITE else "read"
         domain.fail(f"page fault at guest address {offset:#x} ({what}): not mapped, and no handler")
@@ -158,9 +176,7 @@ def _verdict(
         return b""
     domain.bounces += 1
     ffi.cast("uint64_t *", domain.shared_info + SHARED_CR2)[0] = offset
-    if trap.masks_events:
-        domain.shared_info[SHARED_UPCALL_MASK] = b"\1"
-    return abi.VERDICT.pack(abi.BOUNCE, _error_code(hv, domain, offset, error), trap.address)
+    return abi.VERDICT.pack(abi.BOUNCE, _error_code(hv, domain, offset, error), trap.word)
 
 
 def _update_table(hv: Hypervisor, domain: Domain, offset: int, value: int) -> Steps:

@@ -1,8 +1,5 @@
-"""The trap table of a guest kernel: which of its handlers is entered for which exception; and what is done without one.
-
-Checked here once, then copied into the page of the top 64 MB from which the entry code takes it: the hypervisor is not asked
-again when an exception happens.
-"""
+"""What a guest kernel has the entry code do: its handlers of exceptions, its callbacks, its stack. Each is checked, then
+written where that code reads it (hypervisor/gate/traps.c); nothing here runs when an exception is delivered."""
 
 from __future__ import annotations
 
@@ -13,22 +10,24 @@ from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain, Trap
 from hypervisor.public import traps as abi
 from hypervisor.public.errors import Invalid, TooBig
-from hypervisor.public.layout import HYPERVISOR_VIRT_START, KERNEL_WINDOW, SPACE_BYTES, in_windows
-from hypervisor.public.traps import VmassCommand, VmassType
+from hypervisor.public.layout import HYPERVISOR_VIRT_START, is_hypervisors
+from hypervisor.public.traps import Vector, VmassCommand, VmassType
 
 if TYPE_CHECKING:
     from hypervisor.core import Hypervisor
 
 CANONICAL = 1 << 47  # addresses of a process are below
+FLAGS = abi.TI_DPL | abi.TI_MASK_EVENTS | abi.TI_FAST
+NEVER = {Vector.NMI, Vector.DOUBLE_FAULT, Vector.MACHINE_CHECK}  # the host's, or the domain's end
 
 
 @hypercall(abi.SetTrapTable)
 def set_trap_table(hv: Hypervisor, caller: Domain, call: abi.SetTrapTable) -> None:
     """Entry by entry, so that nothing is read beyond the one that ends the list."""
     if not call.address:
-        for vector in list(caller.traps):
-            del caller.traps[vector]
+        for vector in caller.traps:
             _tell(caller, vector, 0)
+        caller.traps.clear()
         return
     for i in range(abi.MAX_TRAPS + 1):
         entry = guest_access.copy_in(hv, caller, call.address + i * abi.TRAP_INFO.size, abi.TRAP_INFO.size)
@@ -38,8 +37,26 @@ def set_trap_table(hv: Hypervisor, caller: Domain, call: abi.SetTrapTable) -> No
         if i == abi.MAX_TRAPS:
             raise TooBig(f"more than {abi.MAX_TRAPS} traps")
         _check(vector, flags, cs, address)
-        caller.traps[vector] = trap = Trap(address, bool(flags & abi.TI_MASK_EVENTS), flags & abi.TI_DPL)
-        _tell(caller, vector, abi.trap_word(*trap))
+
+        caller.traps[vector] = trap = Trap(address, flags)
+        _tell(caller, vector, trap.word)
+
+
+@hypercall(abi.StackSwitch)
+def stack_switch(hv: Hypervisor, caller: Domain, call: abi.StackSwitch) -> None:
+    _check_ring(call.ss)
+    _check_address("stack", call.sp)
+
+    _tell(caller, abi.KERNEL_SP, call.sp)
+
+
+@hypercall(abi.SetCallbacks)
+def set_callbacks(hv: Hypervisor, caller: Domain, call: abi.SetCallbacks) -> None:
+    _check_address("event callback", call.event)
+    _check_address("failsafe callback", call.failsafe)
+
+    _tell(caller, abi.EVENT, Trap(call.event, abi.TI_MASK_EVENTS).word if call.event else 0)
+    _tell(caller, abi.FAILSAFE, call.failsafe)
 
 
 @hypercall(abi.VmAssist)
@@ -50,20 +67,33 @@ def vm_assist(hv: Hypervisor, caller: Domain, call: abi.VmAssist) -> None:
     caller.writable_tables = call.cmd == VmassCommand.ENABLE
 
 
-def _tell(domain: Domain, vector: int, word: int) -> None:
-    """The entry code: but of vector 14, which the hypervisor delivers."""
-    if vector != abi.VECTOR_PAGE_FAULT and domain.monitor is not None:
-        domain.monitor.set_trap(vector, word)
+def _tell(domain: Domain, index: int, word: int) -> None:
+    """One store of 64 bits: the domain may be in its entry code right now, and finds the one or the other."""
+    assert domain.monitor is not None
+    domain.monitor.set_trap(index, word)
 
 
 def _check(vector: int, flags: int, cs: int, address: int) -> None:
-    if vector == abi.VECTOR_INT80:
-        raise Invalid(f"vector {vector:#x}: the host takes that interrupt for itself")
-    if flags & ~(abi.TI_DPL | abi.TI_MASK_EVENTS):
+    if vector in NEVER:
+        raise Invalid(f"vector {vector} is never delivered")
+    if flags & ~FLAGS:
         raise Invalid(f"flags {flags:#x}")
-    if not cs & 3:
-        raise Invalid(f"code selector {cs:#x} is of ring 0")
+    _check_ring(cs)
+    if not flags & abi.TI_FAST:
+        _check_address("handler", address)
+    elif vector != Vector.SYSTEM_CALL or flags & abi.TI_MASK_EVENTS:
+        raise Invalid(f"vector {vector} cannot be fast with flags {flags:#x}: nobody is there to mask events, or to see cr2")
+    elif address >= HYPERVISOR_VIRT_START:
+        raise Invalid(f"fast handler {address:#x} is no address of an application")
+
+
+def _check_ring(selector: int) -> None:
+    if not selector & 3:
+        raise Invalid(f"selector {selector:#x} is of ring 0")
+
+
+def _check_address(what: str, address: int) -> None:
     if address >= CANONICAL:
-        raise Invalid(f"handler {address:#x} is not canonical")
-    if in_windows(address) and (address - KERNEL_WINDOW) % SPACE_BYTES >= HYPERVISOR_VIRT_START:
-        raise Invalid(f"handler {address:#x} is the hypervisor's")
+        raise Invalid(f"{what} {address:#x} is not canonical")
+    if is_hypervisors(address):
+        raise Invalid(f"{what} {address:#x} is the hypervisor's")

@@ -35,7 +35,7 @@ PRELOAD = """
     hypervisor.public.version
     hypervisor.public.io.blkif hypervisor.public.io.netif hypervisor.public.io.xenbus
     domain.kernel domain.callring domain.console domain.store domain.xenbus domain.blkfront domain.netfront domain.udp
-    domain.paging domain.user hypervisor.public.user domain.posix.main domain.posix.pagetable
+    domain.paging domain.traps domain.user hypervisor.public.user domain.posix.main domain.posix.pagetable
     array base64 binascii bisect collections dataclasses datetime enum functools hashlib heapq io itertools json math
     operator random re statistics string struct textwrap time traceback types typing zlib code codeop
     encodings.ascii encodings.idna encodings.latin_1 encodings.utf_8 linecache unicodedata selectors

@@ -12,8 +12,8 @@
        in the first, seal them
     8  clone the monitor, tell the hypervisor,         it is born with 3..7 and an open filter, which the hypervisor shuts;
        close 3..7                                      after the clone: the monitor needs the descriptors
-    9  heap from brk only, limits; page faults to the  after the last mmap of ours; the filter keeps the handler
-       hypervisor
+    9  heap from brk only, limits; the entry code of   after the last mmap of ours; the filter keeps the handlers
+       exceptions
     10 Landlock, then the filter                       after this line the process is the guest's
     11 wait for "go" on the reply queue                nothing of the guest runs before its frames are mapped
 
@@ -156,7 +156,7 @@ def prepare(config: BootConfig, sock: socket.socket, sock_fd: int, descriptors_f
     reserve_windows(config)
     spawn_monitor()
     limits(config)
-    serve_faults()
+    serve_traps()
     if config.locked:
         lock(config)
     return lambda: run(config, kernel)
@@ -229,13 +229,10 @@ def limits(config: BootConfig) -> None:
         resource.setrlimit(what, (bound, bound))
 
 
-def serve_faults() -> None:
-    """Still step 9. From here on an access to a page of the windows that is not mapped asks the hypervisor, and an exception
-    enters the handler that the trap table says."""
-    result = lib.fault_install(KERNEL_WINDOW, WINDOWS_BYTES, FD_FAULT)
-    if result:
-        raise OSError(-result, "handler of page faults")
-    result = lib.traps_install()
+def serve_traps() -> None:
+    """Still step 9. From here on exceptions enter the guest's handlers, and an access to a page of the windows that is not
+    mapped asks the hypervisor."""
+    result = lib.traps_install(KERNEL_WINDOW, WINDOWS_BYTES, FD_FAULT)
     if result:
         raise OSError(-result, "handlers of exceptions")
 

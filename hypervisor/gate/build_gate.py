@@ -15,8 +15,8 @@ ffibuilder.cdef((HERE / "gate.h").read_text().split("/* cdef begin */")[1].split
 ffibuilder.set_source(
     "hypervisor.gate._gate",
     '#include "gate.h"',
-    sources=[os.path.relpath(HERE / f"{name}.c", ROOT) for name in ("fault", "gate", "stub")],
-    include_dirs=[str(HERE)],
+    sources=[os.path.relpath(HERE / f"{name}.c", ROOT) for name in ("fault", "gate", "stub", "traps")],
+    include_dirs=[str(HERE), str(HERE.parent / "public")],
     define_macros=[("_CFFI_NO_LIMITED_API", None)],  # PyOS_BeforeFork and its kin are not in the limited API
     py_limited_api=False,
     # No stack protector, which Python's own flags turn on: it reads the thread's block, which is a guest's to move.

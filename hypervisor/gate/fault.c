@@ -1,76 +1,28 @@
-/* The hypervisor's entry code for page faults and exceptions: the handler of SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGTRAP of every
- * domain's process.
+/* The entry code of page faults.
  *
  * An access that the host kernel refuses in the windows is told to the hypervisor over a socket, with what the hardware says
  * of it (in 2003: the hypervisor read CR2). It maps what the guest's tables allow, and the access runs again; or it says
- * where the guest's own handler is, which is then entered as by the hardware: its frame below the red zone of the interrupted
- * stack, to be left by iretq; or it has done what a store to a page table asked for (vm_assist), and the access is
- * skipped. rt_sigreturn restores the signal mask on every way out, so a fault in the guest's handler is an
+ * that the guest's own handler is to be entered (traps.c); or it has done what a store to a page table asked for (vm_assist),
+ * and the access is skipped. rt_sigreturn restores the signal mask on every way out, so a fault in the guest's handler is an
  * ordinary one.
  *
- * Every other exception is the guest's own affair: its handler is entered at once, and nobody is told. Which one that is stands
- * in a page of the top 64 MB that the hypervisor alone can write, so the table that was validated is the one that is used. The
- * hypervisor hears only of one that has no handler, or of a frame that cannot be pushed: either ends the domain.
- *
- * It runs in the guest's process, on memory that the guest may write: what a guest spoils here spoils that guest. It makes two
- * system calls and calls nothing, so that errno and the C library's state are what they were.
- *
- * A page that cannot be had (SIGBUS) is no page fault of the guest's. Machine memory is reserved whole, so it is a broken page
- * of the host's: run again, it would fault for ever. It kills, as ever. */
+ * A second fault, of ourselves, is filled or ends the domain: it says so to the hypervisor, with what the first one was at. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
-#include <stdint.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <ucontext.h>
 
-#include "gate.h"
+#include "entry.h"
 
-enum { RETRY = 0, BOUNCE = 1, SKIP = 2, RED_ZONE = 128 }; /* hypervisor/public/traps.py */
-enum { PF_WRITE = 2 };
-#define STORE (1ull << 32) /* of a message's error code: `value` is what the instruction would store */
-#define DELIVERY (1ull << 33) /* while the frame of an exception was pushed */
-#define UNHANDLED (1ull << 34) /* an exception that nobody handles */
-#define VECTOR(n) ((uint64_t)(n) << 40)
-#define TRAP_ADDRESS ((1ull << 48) - 1) /* of an entry of the table: where the handler is, 0: there is none */
-#define TRAP_MASKS (1ull << 48)
-#define TRAP_DPL(entry) ((entry) >> 49 & 3)
-enum { GENERAL_PROTECTION = 13, PAGE_FAULT = 14, NR_VECTORS = 256 };
-#define HAS_ERROR 0x60227d00u /* vectors 8, 10 to 14, 17, 21, 29, 30 */
-enum { TRAP_FLAG = 0x100, DIRECTION_FLAG = 0x400, NESTED_TASK_FLAG = 0x4000, RESUME_FLAG = 0x10000 };
-enum { STACK_BYTES = 64 << 10 }; /* the signal frame holds the vector registers too: up to 11 KiB of them with AMX */
-
-struct fault {
-    uint64_t address, error, rip, rsp, value;
-};
-struct verdict {
-    uint32_t what, error; /* the error code for the guest: as its own tables have it, not the host's */
-    uint64_t handler;
-};
-struct frame {
-    uint64_t error, rip, cs, rflags, rsp, ss;
-};
-_Static_assert(sizeof(struct fault) == 40, "traps.FAULT");
-_Static_assert(sizeof(struct verdict) == 16, "traps.VERDICT");
-_Static_assert(sizeof(struct frame) == 48, "traps.FRAME_BYTES, and what iretq takes after the error code");
-
-static char stack[STACK_BYTES] __attribute__((aligned(64)));
 static struct {
     uint64_t begin, bytes;
     long sock;
 } windows;
 
-/* How many of us run. All host mappings of the windows may be thrown out at any time, also under this code: what it reads at
- * rip and writes to the guest's stack is filled by a second one, which does nothing else. */
-static volatile int depth;
-
-/* By vector; where the guest takes upcalls or not. Addresses, and not words that a guest could change. */
-#define TRAP_TABLE ((const volatile uint64_t *)(KERNEL_WINDOW + 0x7ffc004000))
-#define UPCALL_MASK ((volatile uint8_t *)(KERNEL_WINDOW + 0x7ffffff001))
-#define KERNEL_WINDOW 0x200000000000 /* layout.py */
-static int have_traps; /* set before the lock; whoever clears it has his own exceptions kill him */
-static volatile int delivering; /* vector + 1, while its frame is pushed */
+void tell_of_faults(uint64_t begin, uint64_t bytes, long sock)
+{
+    windows.begin = begin, windows.bytes = bytes, windows.sock = sock;
+}
 
 /* SIGSEGV while SIGSEGV is blocked: the host kernel kills with it, as if there were no handler. The filter leaves us no way
  * to take the handler back. */
@@ -81,12 +33,6 @@ static _Noreturn void die(void)
     raw6(SYS_rt_sigprocmask, SIG_BLOCK, (long)&set, 0, sizeof set, 0, 0);
     for (;;)
         __asm__ volatile("hlt");
-}
-
-/* The flags are the interrupted code's. With AC set, an access of ours that is not aligned would kill: below the red zone. */
-static inline void clear_ac(void)
-{
-    __asm__ volatile("lea -128(%%rsp),%%rsp\n pushfq\n andq $~0x40000,(%%rsp)\n popfq\n lea 128(%%rsp),%%rsp" : : : "memory", "cc");
 }
 
 /* An interrupted call is made again; the handler runs with every signal blocked, so that only a debugger interrupts it. */
@@ -100,30 +46,22 @@ static long talk(long nr, void *message, long size)
     return ret;
 }
 
-/* As an interrupt does it: the frame below the red zone, at an address that is a multiple of 16. A stack of the windows was
- * made ready by the hypervisor; on any other a page that is not there kills. */
-static void enter(greg_t *reg, uint64_t handler, uint64_t error, int has_error)
+/* The hypervisor ends the domain, for a reason that it makes of this; whoever it is that does not, dies of SIGSEGV. */
+_Noreturn void entry_ends(uint64_t address, uint64_t error)
 {
-    struct frame *frame = (struct frame *)(((uint64_t)reg[REG_RSP] - RED_ZONE) & ~(uint64_t)15) - 1;
-    uint64_t selectors = (uint64_t)reg[REG_CSGSFS]; /* cs, gs, fs, ss: 16 bits each */
+    struct fault last = {address, error | RING1_PF_UNHANDLED, entry_at.rip, entry_at.rsp, entry_at.value};
+    struct verdict none;
 
-    if (has_error)
-        frame->error = error;
-    frame->rip = (uint64_t)reg[REG_RIP];
-    frame->cs = selectors & 0xffff;
-    frame->rflags = (uint64_t)reg[REG_EFL];
-    frame->rsp = (uint64_t)reg[REG_RSP];
-    frame->ss = selectors >> 48;
-    reg[REG_RSP] = (greg_t)(uintptr_t)(has_error ? &frame->error : &frame->rip);
-    reg[REG_RIP] = (greg_t)handler;
-    reg[REG_EFL] &= ~(greg_t)(TRAP_FLAG | DIRECTION_FLAG | NESTED_TASK_FLAG | RESUME_FLAG);
+    if (talk(SYS_sendto, &last, sizeof last) == sizeof last)
+        talk(SYS_recvfrom, &none, sizeof none);
+    die();
 }
 
 /* Only what the host kernel's page-fault handler raised about the windows: not a privileged instruction (SI_KERNEL), not a
  * protection key, not a signal that somebody sent, whose si_addr is made of a pid and a uid. */
-static int is_page_fault(const siginfo_t *info)
+int is_page_fault(const siginfo_t *info)
 {
-    return (info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR) &&
+    return info->si_signo == SIGSEGV && (info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR) &&
            (uint64_t)(uintptr_t)info->si_addr - windows.begin < windows.bytes;
 }
 
@@ -162,126 +100,27 @@ static int decode_store(const greg_t *reg, uint64_t address, uint64_t *value)
     return at == address ? (int)(next - code) : 0;
 }
 
-/* The domain ends by it: the hypervisor says why, and hangs up. */
-static _Noreturn void end(const greg_t *reg, uint64_t address, uint64_t what, uint64_t vector)
+/* One that is_page_fault. */
+void page_fault(greg_t *reg, uint64_t address)
 {
-    struct fault fault = {address, what | VECTOR(vector), (uint64_t)reg[REG_RIP], (uint64_t)reg[REG_RSP], 0};
-    struct verdict none;
-
-    if (talk(SYS_sendto, &fault, sizeof fault) == sizeof fault)
-        talk(SYS_recvfrom, &none, sizeof none);
-    die();
-}
-
-/* What is entered with which vector: `int n` raises general protection on the host, with an error code that says n, and is n
- * where the guest's descriptor lets ring 1 through. It is then behind the instruction, as a trap is. */
-static uint64_t vector_of(greg_t *reg)
-{
-    uint64_t vector = (uint64_t)reg[REG_TRAPNO], error = (uint64_t)reg[REG_ERR], entry;
-
-    if (vector != GENERAL_PROTECTION || (error & 7) != 2)
-        return vector;
-    entry = TRAP_TABLE[error >> 3 & (NR_VECTORS - 1)];
-    if (!(entry & TRAP_ADDRESS) || !TRAP_DPL(entry))
-        return vector;
-    reg[REG_RIP] += 2;
-    return error >> 3 & (NR_VECTORS - 1);
-}
-
-/* An exception that is no page fault, to the handler that the guest registered. */
-static void deliver(greg_t *reg)
-{
-    int soft = reg[REG_TRAPNO] == GENERAL_PROTECTION;
-    uint64_t vector = vector_of(reg), entry = vector < NR_VECTORS ? TRAP_TABLE[vector] : 0;
-
-    soft = soft && vector != GENERAL_PROTECTION;
-    if (!(entry & TRAP_ADDRESS))
-        end(reg, (uint64_t)reg[REG_RIP], UNHANDLED, vector);
-    delivering = (int)vector + 1;
-    enter(reg, entry & TRAP_ADDRESS, (uint64_t)reg[REG_ERR], !soft && vector < 32 && HAS_ERROR >> vector & 1);
-    delivering = 0;
-    if (entry & TRAP_MASKS)
-        *UPCALL_MASK = 1;
-}
-
-static void on_trap(int sig, siginfo_t *info, void *context)
-{
-    ucontext_t *c = context;
-
-    clear_ac();
-    if (info->si_code <= 0) /* somebody sent it: no exception */
-        return;
-    if (c->uc_mcontext.gregs[REG_TRAPNO] == PAGE_FAULT) { /* a page that cannot be had: run again, it kills */
-        *(uint64_t *)&c->uc_sigmask |= 1ull << (sig - 1);
-        return;
-    }
-    if (depth++)
-        die();
-    deliver(c->uc_mcontext.gregs);
-    depth--;
-}
-
-static void on_fault(int sig, siginfo_t *info, void *context)
-{
-    greg_t *reg = ((ucontext_t *)context)->uc_mcontext.gregs;
+    struct fault fault = {address, (uint64_t)reg[REG_ERR], entry_at.rip, entry_at.rsp, 0};
     struct verdict verdict;
     int length = 0;
 
-    clear_ac();
-    if (!is_page_fault(info)) {
-        if (delivering)
-            end(reg, (uint64_t)(uintptr_t)info->si_addr, DELIVERY, (uint64_t)delivering - 1);
-        if (!have_traps || info->si_code <= 0 || reg[REG_TRAPNO] == PAGE_FAULT)
-            die();
-        on_trap(sig, info, context);
-        return;
-    }
-    if (++depth > 2)
-        die();
-    struct fault fault = {(uint64_t)(uintptr_t)info->si_addr, (uint64_t)reg[REG_ERR], (uint64_t)reg[REG_RIP],
-                          (uint64_t)reg[REG_RSP], 0};
-    if (fault.error & PF_WRITE && depth == 1)
+    if (entry_depth > 1)
+        fault.error |= RING1_PF_DELIVERY, fault.value = entry_at.value;
+    else if (fault.error & RING1_PF_WRITE)
         length = decode_store(reg, fault.address, &fault.value);
     if (length)
-        fault.error |= STORE;
-    if (delivering)
-        fault.error |= DELIVERY | VECTOR(delivering - 1);
+        fault.error |= RING1_PF_STORE;
     if (talk(SYS_sendto, &fault, sizeof fault) != sizeof fault)
         die();
     if (talk(SYS_recvfrom, &verdict, sizeof verdict) != sizeof verdict) /* 0: the hypervisor hung up */
         die();
-    if (verdict.what == BOUNCE && depth == 1)
-        enter(reg, verdict.handler, verdict.error, 1);
-    else if (verdict.what == SKIP && length)
+    if (verdict.what == RING1_BOUNCE && entry_depth == 1)
+        enter(reg, entry_at.rsp - RING1_RED_ZONE, verdict.word, 1, verdict.error);
+    else if (verdict.what == RING1_SKIP && length)
         reg[REG_RIP] += length;
-    else if (verdict.what != RETRY)
+    else if (verdict.what != RING1_RETRY)
         die();
-    depth--;
-}
-
-/* Before the lock, which keeps the handler what it is. On a stack of its own, since the guest's may be what is missing. */
-long fault_install(uint64_t begin, uint64_t bytes, long sock)
-{
-    stack_t own = {.ss_sp = stack, .ss_size = sizeof stack};
-    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
-
-    windows.begin = begin, windows.bytes = bytes, windows.sock = sock;
-    sigfillset(&action.sa_mask);
-    sigdelset(&action.sa_mask, SIGSEGV);
-    return sigaltstack(&own, 0) || sigaction(SIGSEGV, &action, 0) ? -errno : 0;
-}
-
-/* The other exceptions, from here on. */
-long traps_install(void)
-{
-    static const int signals[] = {SIGFPE, SIGILL, SIGTRAP, SIGBUS};
-    struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO | SA_ONSTACK};
-
-    have_traps = 1;
-    sigfillset(&action.sa_mask);
-    sigdelset(&action.sa_mask, SIGSEGV);
-    for (unsigned i = 0; i < sizeof signals / sizeof *signals; i++)
-        if (sigaction(signals[i], &action, 0))
-            return -errno;
-    return 0;
 }

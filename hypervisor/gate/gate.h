@@ -53,8 +53,7 @@ long keep_capabilities(uint64_t keep);
 long stub_code(char *page);
 long landlock_rules(long abi, uint64_t *rules);
 void enter_kernel(uint64_t entry, uint64_t start_info);
-long fault_install(uint64_t begin, uint64_t bytes, long sock);
-long traps_install(void);
+long traps_install(uint64_t begin, uint64_t bytes, long sock);
 /* cdef end */
 #pragma GCC visibility pop
 

@@ -323,10 +323,10 @@ class Monitor:
             (SYS_SECCOMP, 1, 0, self.base + COMMANDS + BLOB + 32),
         ])  # fmt: skip
 
-    def set_trap(self, vector: int, word: int) -> None:
-        """An entry of the trap table that the entry code reads, in one store: an exception may be entering it now."""
+    def set_trap(self, index: int, word: int) -> None:
+        """A word of public.traps.TRAPS, which the entry code reads, in one store: an exception may be entering it now."""
         with memoryview(self._page)[TRAPS : TRAPS + PAGE_SIZE] as page, page.cast("Q") as words:
-            words[vector] = word
+            words[index] = word
 
     def _blob(self, offset: int, data: bytes) -> None:
         assert offset + len(data) <= PAGE_SIZE

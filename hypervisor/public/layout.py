@@ -5,6 +5,7 @@
     0x00_0010_0000  VIRT_BASE: the reservation at start, pfn p at VIRT_BASE + p * 4096
     0x40_0000_0000  GRANT_BASE: where a domain maps what others granted to it (its own choice within this half)
     0x7F_FC00_0000  HYPERVISOR_VIRT_START: the top 64 MB, the hypervisor's: monitor code, command pages
+    0x7F_FC00_4000  TRAP_TABLE: which handlers the entry code may enter, read-only
     0x7F_FC10_0000  M2P: u64 pfn of every machine frame, read-only
     0x7F_FFFF_F000  shared_info, read-write, the last page of the space
 
@@ -27,7 +28,7 @@ HYPERVISOR_VIRT_START = SPACE_BYTES - (64 << 20)
 MONITOR_CODE = HYPERVISOR_VIRT_START
 COMMANDS = HYPERVISOR_VIRT_START + PAGE_SIZE
 COMMAND_PAGES = 4  # commands, the table of answers, filter programs, the trap table
-TRAP_TABLE = COMMANDS + 3 * PAGE_SIZE  # a u64 for each vector (traps.py): read by the entry code, written by the hypervisor
+TRAP_TABLE = COMMANDS + 3 * PAGE_SIZE  # traps.TRAPS: read by the entry code, written by the hypervisor
 M2P = HYPERVISOR_VIRT_START + (1 << 20)
 M2P_BYTES = 62 << 20  # at most: 8,126,464 frames, 31 GiB
 SHARED_INFO = SPACE_BYTES - PAGE_SIZE
@@ -60,6 +61,11 @@ def virt(pfn: int) -> int:
 def in_windows(address: int) -> bool:
     """Whether a host address lies in one of the windows."""
     return 0 <= address - KERNEL_WINDOW < NR_WINDOWS * SPACE_BYTES
+
+
+def is_hypervisors(address: int) -> bool:
+    """Whether a host address lies in the top 64 MB of a window."""
+    return in_windows(address) and (address - KERNEL_WINDOW) % SPACE_BYTES >= HYPERVISOR_VIRT_START
 
 
 def host(va: int) -> int:

@@ -31,7 +31,7 @@
 #define RING1_MONITOR_CODE 0x7ffc000000
 #define RING1_COMMANDS 0x7ffc001000
 #define RING1_COMMAND_PAGES 4
-#define RING1_TRAP_TABLE 0x7ffc004000
+#define RING1_TRAP_TABLE 0x7ffc004000      /* struct ring1_traps, read-only: what the entry code of exceptions goes by */
 #define RING1_M2P 0x7ffc100000             /* u64 pfn of every machine frame, read-only */
 #define RING1_M2P_BYTES 0x3e00000          /* at most */
 #define RING1_SHARED_INFO 0x7ffffff000     /* the last page, read-write */
@@ -102,6 +102,8 @@ enum {                                     /* statuses of a reply; 0 is success 
 #define __HYPERVISOR_set_trap_table 0      /* no sub-operation: u64 address */
 #define __HYPERVISOR_mmu_update 1          /* no sub-operation: u64 address, u32 count, u64 done, u16 domid -> how many */
 #define __HYPERVISOR_set_gdt 2             /* no sub-operation: u64 address, u32 entries */
+#define __HYPERVISOR_stack_switch 3        /* no sub-operation: u16 ss, u64 sp */
+#define __HYPERVISOR_set_callbacks 4       /* no sub-operation: u64 event, u64 failsafe */
 #define __HYPERVISOR_update_descriptor 10  /* no sub-operation: u64 address, u64 descriptor */
 #define __HYPERVISOR_update_va_mapping 14  /* no sub-operation: u64 va, u64 value, u64 flags */
 #define __HYPERVISOR_mmuext_op 26          /* no sub-operation: u64 address, u32 count, u64 done, u16 domid -> how many */

@@ -77,6 +77,7 @@ ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
     mmu.UpdateCommand: lambda name: {
         "NORMAL": "MMU_NORMAL_PT_UPDATE", "MACHPHYS": "MMU_MACHPHYS_UPDATE", "PRESERVE_AD": "MMU_PT_UPDATE_PRESERVE_AD",
     }[name],
+    traps.Vector: lambda name: f"RING1_VECTOR_{name}",
     traps.VmassCommand: lambda name: f"VMASST_CMD_{name.lower()}",
     traps.VmassType: lambda name: f"VMASST_TYPE_{name.lower()}",
     mmu.MmuextCommand: lambda name: "MMUEXT_" + {
@@ -97,6 +98,7 @@ ENUMS: dict[type[IntEnum] | type[IntFlag], Callable[[str], str]] = {
 OPS = {
     "OP_SET_TRAP_TABLE": "__HYPERVISOR_set_trap_table", "OP_MMU_UPDATE": "__HYPERVISOR_mmu_update",
     "OP_UPDATE_VA_MAPPING": "__HYPERVISOR_update_va_mapping", "OP_MMUEXT": "__HYPERVISOR_mmuext_op",
+    "OP_STACK_SWITCH": "__HYPERVISOR_stack_switch", "OP_SET_CALLBACKS": "__HYPERVISOR_set_callbacks",
     "OP_SET_GDT": "__HYPERVISOR_set_gdt", "OP_UPDATE_DESCRIPTOR": "__HYPERVISOR_update_descriptor",
     "OP_PLATFORM": "__HYPERVISOR_platform_op", "OP_VCPU": "__HYPERVISOR_vcpu_op",
     "OP_MEMORY": "__HYPERVISOR_memory_op", "OP_MULTICALL": "__HYPERVISOR_multicall",
@@ -108,6 +110,7 @@ OPS = {
     "OP_USER": "RING1_OP_user",
 }  # fmt: skip
 CALLS = {
+    "StackSwitch": "__HYPERVISOR_stack_switch", "SetCallbacks": "__HYPERVISOR_set_callbacks",
     "SetTrapTable": "__HYPERVISOR_set_trap_table", "VmAssist": "__HYPERVISOR_vm_assist", "MmuUpdate": "__HYPERVISOR_mmu_update",
     "UpdateVaMapping": "__HYPERVISOR_update_va_mapping", "MmuextOp": "__HYPERVISOR_mmuext_op",
     "IncreaseReservation": "XENMEM_increase_reservation", "Exchange": "XENMEM_exchange",
@@ -146,6 +149,7 @@ RECORDS = {  # format characters of struct, in the order of the record's fields
     "mmu_update": mmu.UPDATE.format,
     "mmuext_op": mmu.EXT_OP.format,
     "trap_info": traps.TRAP_INFO.format,
+    "ring1_traps": traps.TRAPS.format,
     "start_info": start_info._XEN.format,
     "ring1_start_info": start_info._OWN.format,
     "grant_entry_v1": grant.ENTRY.format,

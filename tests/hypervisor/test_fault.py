@@ -24,18 +24,25 @@ from hypervisor.loop import Resume, Steps
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid
 from hypervisor.public.layout import KERNEL_WINDOW, NR_WINDOWS, SPACE_BYTES
-from hypervisor.public.start_info import SHARED_CR2, SHARED_UPCALL_MASK
+from hypervisor.public.start_info import SHARED_CR2
 from hypervisor.public.traps import (
     BOUNCE,
+    EVENT,
+    FAILSAFE,
     FAULT,
+    PF_DELIVERY,
     PF_FETCH,
     PF_PRESENT,
     PF_STORE,
+    PF_UNHANDLED,
     PF_USER,
     PF_WRITE,
     RED_ZONE,
     RETRY,
+    SENT,
     SKIP,
+    TI_MASK_EVENTS,
+    TI_SHIFT,
     VERDICT,
 )
 from hypervisor.public.types import PAGE_SIZE
@@ -131,7 +138,7 @@ def hv(tables: Tables) -> Iterator[Bench]:
 @pytest.fixture
 def guest(hv: Bench) -> Domain:
     """With a handler, and a stack of two pages."""
-    hv.domain.traps[14] = Trap(HANDLER, False)
+    hv.domain.traps[14] = Trap(HANDLER, 0)
     hv.tables.pages |= {STACK: "rw", STACK + PAGE_SIZE: "rw"}
     return hv.domain
 
@@ -161,14 +168,14 @@ def test_the_rest_is_the_handlers(hv: Bench, guest: Domain) -> None:
     hv.tell(SPACE_BYTES + 0x7008, PF_USER | PF_WRITE)
     assert hv.verdict() == (BOUNCE, PF_USER | PF_WRITE, HANDLER)
     assert hv.word(SHARED_CR2) == SPACE_BYTES + 0x7008, "the window too"
-    assert hv.page[SHARED_UPCALL_MASK] == b"\0"
     assert (guest.faults, guest.fills, guest.bounces) == (1, 0, 1)
 
 
 def test_a_handler_may_ask_for_events_to_be_masked(hv: Bench, guest: Domain) -> None:
-    guest.traps[14] = Trap(HANDLER, True)
+    """The entry code does it, beside the frame that says what it was before."""
+    guest.traps[14] = Trap(HANDLER, TI_MASK_EVENTS)
     hv.tell(0)
-    assert hv.verdict() == (BOUNCE, PF_USER, HANDLER) and hv.page[SHARED_UPCALL_MASK] == b"\1"
+    assert hv.verdict() == (BOUNCE, PF_USER, HANDLER | TI_MASK_EVENTS << TI_SHIFT)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,41 @@ def test_without_a_handler_it_ends(hv: Bench, error: int, what: str) -> None:
     hv.tell(0x1234, error)
     assert hv.verdict() is None
     assert hv.ends == [f"page fault at guest address 0x1234 ({what}): not mapped, and no handler"]
+
+
+def test_what_is_raised_while_a_frame_is_pushed_is_filled_or_the_end(hv: Bench, guest: Domain) -> None:
+    hv.tell(STACK + 8, PF_USER | PF_WRITE | PF_DELIVERY, value=6)
+    assert hv.verdict() == (RETRY, 0, 0) and not hv.ends
+    hv.tell(STACK - 8, PF_USER | PF_WRITE | PF_DELIVERY, KERNEL_WINDOW + STACK + 100, 6)
+    assert hv.verdict() is None
+    assert hv.ends == ["double fault: no stack at 0x200000500064 for vector 6 (invalid opcode) at 0x1234"]
+
+
+@pytest.mark.parametrize(
+    ("error", "value", "reason"),
+    [
+        (0, 0, "no handler for vector 0 (divide error) at 0x1234, error code 0x0"),
+        (0x33, 13, "no handler for vector 13 (general protection) at 0x1234, error code 0x33"),
+        (0, 200, "no handler for vector 200 at 0x1234, error code 0x0"),
+        (6, 14, "page fault that nobody can fill, at 0x200000000005, error code 0x6, instruction 0x1234"),
+        (0, SENT + 5, "SIGTRAP, which it sent itself"),
+        (0, SENT + 77, "signal 77, which it sent itself"),
+        (0, (1 << 64) - 1, "signal 18446744073709551103, which it sent itself"),
+        (PF_DELIVERY, 1, "double fault: no stack at 0x8 for vector 1 (debug) at 0x1234"),
+        (PF_DELIVERY, EVENT, "double fault: no stack at 0x8 for the event callback at 0x1234"),
+        (PF_DELIVERY, FAILSAFE, "double fault: no stack at 0x8 for the failsafe callback at 0x1234"),
+    ],
+)
+def test_last_words(hv: Bench, guest: Domain, error: int, value: int, reason: str) -> None:
+    hv.tell(5, error | PF_UNHANDLED, 8, value)
+    assert hv.verdict() is None and hv.ends == [reason]
+    assert guest.faults == 0, "no page fault"
+
+
+def test_last_words_of_a_page_fault_elsewhere(hv: Bench, guest: Domain) -> None:
+    hv.tell(8 - KERNEL_WINDOW, 6 | PF_UNHANDLED, value=14)
+    assert hv.verdict() is None
+    assert hv.ends == ["page fault outside the windows, at 0x8, error code 0x6, instruction 0x1234"]
 
 
 @pytest.mark.parametrize("rsp", [STACK + 100, STACK + 2 * PAGE_SIZE + 1, 8, 191, 0x10_0000, END, END + 191])

@@ -38,7 +38,8 @@ FRAMES = 8192  # of a host: 32 MiB
 LOOK_SECONDS = 0.005
 GUESTS = Path(__file__).parent / "guests"
 COUNTS = ("frames_owned", "frames_shared", "grants", "ports", "descriptors", "store_nodes", "devices")
-SEGFAULT = "SIGSEGV: a forbidden memory access"  # how a domain ends that touches what is outside its windows
+# How a domain ends that touches what is outside its windows:
+SEGFAULT = re.compile(r"page fault outside the windows, at 0x[0-9a-f]+, error code 0x6, instruction 0x[0-9a-f]+")
 PAGE_FAULT = re.compile(r"page fault at guest address 0x[0-9a-f]+ \((read|write)\): not mapped, and no handler")  # and inside
 T = TypeVar("T")
 

@@ -61,7 +61,7 @@ def boot_name() -> str:
     return frame.f_locals["config"].name if frame else ""
 
 
-for name in ("prepare", "place_descriptors", "reserve_windows", "spawn_monitor", "limits", "serve_faults", "lock", "run"):
+for name in ("prepare", "place_descriptors", "reserve_windows", "spawn_monitor", "limits", "serve_traps", "lock", "run"):
     SEEDS[f"die_in_{name}"] = die_in(name)
 
 

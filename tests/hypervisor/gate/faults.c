@@ -3,7 +3,8 @@
  *     faults CASE    exit code 0: as it should be; 1: a sentence says what was not; or it dies of the signal that the case wants
  *
  * The first thread touches pages of a reserved space; the second one is told of it over the socket, maps the page or not, and
- * answers. Compiled together with hypervisor/gate/fault.c itself. */
+ * answers. Its trap table and shared_info are two pages of its own. Compiled together with hypervisor/gate/fault.c and traps.c
+ * themselves. The last words of the entry code are printed. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -20,6 +21,7 @@
 #include <unistd.h>
 
 #include "gate.h"
+#include "ring1_mmu.h"
 
 #define PAGE 4096L
 #define PAGES 8
@@ -27,7 +29,7 @@
 #define CHECK(what) ((what) ? (void)0 : failed(__LINE__, #what))
 
 struct fault { uint64_t address, error, rip, rsp, value; };
-struct verdict { uint32_t what, error; uint64_t handler; };
+struct verdict { uint32_t what, error; uint64_t word; };
 struct frame { uint64_t error, rip, cs, rflags, rsp, ss; };
 enum { RETRY, BOUNCE, SKIP, NONSENSE, BOUNCE_THEN_FILL };
 enum { PRESENT = 1, WRITE = 2, USER = 4, FETCH = 16 };
@@ -37,7 +39,7 @@ static char *window;
 static int ours, theirs;           /* the hypervisor's end, and the entry code's */
 static volatile int answer = RETRY;         /* what the next page that is not mapped gets */
 static volatile int protection = PROT_READ | PROT_WRITE;
-static volatile int told, silent; /* silent: nobody is to be told of anything */
+static volatile int told, silent; /* silent: nobody is to be told of a page fault */
 static volatile struct fault last;
 static struct frame seen[2]; /* by the guest's handler */
 static uint64_t frames_at[2], flags_at_entry;
@@ -109,6 +111,11 @@ static void *hypervisor(void *unused)
 
     (void)unused;
     while (recv(ours, (void *)&last, sizeof last, 0) == sizeof last) {
+        if (last.error & RING1_PF_UNHANDLED) {
+            fprintf(stderr, "ends: value %lu, error %#lx, address %#lx\n", last.value, (uint64_t)(last.error & ~RING1_PF_UNHANDLED), last.address);
+            shutdown(ours, SHUT_RDWR);
+            break;
+        }
         told++;
         CHECK(!silent && told < 10); /* since the last look */
         verdict.what = (uint32_t)answer;
@@ -121,6 +128,13 @@ static void *hypervisor(void *unused)
     return 0;
 }
 
+static void own_page(uint64_t va)
+{
+    void *at = (void *)(RING1_KERNEL_WINDOW + va);
+
+    CHECK(mmap(at, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == at);
+}
+
 static void begin(uint64_t from, uint64_t bytes)
 {
     const struct rlimit no_core = {0, 0};
@@ -128,11 +142,13 @@ static void begin(uint64_t from, uint64_t bytes)
     int pair[2];
 
     setrlimit(RLIMIT_CORE, &no_core);
+    own_page(RING1_TRAP_TABLE);
+    own_page(RING1_SHARED_INFO);
     window = mmap(0, (PAGES + 2) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     window += PAGE; /* what is before and behind it is not there either */
     CHECK(window != MAP_FAILED + PAGE && socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) == 0);
     ours = pair[0], theirs = pair[1];
-    CHECK(fault_install(bytes ? from : (uint64_t)(uintptr_t)window, bytes ? bytes : PAGES * PAGE, theirs) == 0);
+    CHECK(traps_install(bytes ? from : (uint64_t)(uintptr_t)window, bytes ? bytes : PAGES * PAGE, theirs) == 0);
     CHECK(pthread_create(&thread, 0, hypervisor, 0) == 0);
 }
 
@@ -348,7 +364,7 @@ static void steps(void)
     CHECK(value == 0 && bounced == 2 && trapped_at == (uint64_t)(uintptr_t)stepped);
 }
 
-/* ---- what is no page fault of the windows, and what the hypervisor did not say: each dies of SIGSEGV */
+/* ---- what is no page fault of the windows: the last words; and what the hypervisor did not say. Each dies of SIGSEGV */
 
 static void null(void) { silent = 1; __asm__ volatile("movb $0,8" : : : "memory"); }
 static void below(void) { silent = 1, touch(window - 8); }

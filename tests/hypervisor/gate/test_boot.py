@@ -79,6 +79,7 @@ class Machine(Hypervisor):
         self.machine, self.m2p = MachineMemory(FRAMES, f"/ring1-test-{secrets.token_hex(8)}"), M2P(FRAMES)
         self.pages = {virt(pfn): (pfn, PROT_READ | PROT_WRITE) for pfn in range(FRAMES)}
         self.pages[virt(CODE_PFN)] = CODE_PFN, PROT_READ | PROT_EXEC
+        self.pages[layout.SHARED_INFO] = 0, PROT_READ | PROT_WRITE
         self.machine.write(CODE_PFN, 0, code)
         self.machine.write(START_INFO_PFN, 32, FRAMES.to_bytes(8, "little"))
         words = layout.VIRT_BASE.to_bytes(8, "little") + KERNEL_WINDOW.to_bytes(8, "little")
@@ -224,15 +225,16 @@ def test_its_descriptors_are_those_of_the_contract(hv: Machine) -> None:
 
 
 def test_it_faults_its_way_from_the_first_instruction_to_the_last(hv: Machine) -> None:
-    """Nothing is mapped at first. start_info, code, stack are filled; two pages that are not there are its handler's."""
-    hv.domain.traps[14] = Trap(HANDLER, False)
+    """Nothing is mapped at first. start_info, code, stack are filled, and shared_info, which the entry code reads; two pages
+    that are not there are its handler's."""
+    hv.domain.traps[14] = Trap(HANDLER, 0)
     status = hv.go()
     assert not hv.ends and os.waitstatus_to_exitcode(status) == 42
     m2p, error, interrupted, frame = (int.from_bytes(hv.machine.read(RESULTS_PFN, at, 8), "little") for at in (0, 8, 16, 24))
     assert m2p == 0x3333 and error == PF_USER, "of the second one, a read"
     assert interrupted == KERNEL_WINDOW + virt(FRAMES) - 8 and frame == ((interrupted - 128) & ~15) - 48
     assert int.from_bytes(hv.machine.read(0, SHARED_CR2, 8), "little") == SPACE_BYTES + NOTHING, "in the second window"
-    assert (hv.domain.faults, hv.domain.fills, hv.domain.bounces) == (6, 4, 2)
+    assert (hv.domain.faults, hv.domain.fills, hv.domain.bounces) == (7, 5, 2)
 
 
 def test_without_a_handler_it_ends(hv: Machine) -> None:
@@ -240,28 +242,32 @@ def test_without_a_handler_it_ends(hv: Machine) -> None:
     assert hv.ends == [f"page fault at guest address {NOTHING:#x} (write): not mapped, and no handler"]
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "movq $0,0",
-        "mov $39,%eax\n syscall\n mov %eax,%edi\n mov $11,%esi\n mov $62,%eax\n syscall",  # kill(getpid(), SIGSEGV)
-        "mov $3,%eax\n mov $12,%edi\n syscall",  # close(FD_FAULT)
-    ],
-)
-def test_what_is_no_page_fault_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
+SIGNAL_ITSELF = "mov $39,%eax\n syscall\n mov %eax,%edi\n mov ${},%esi\n mov $62,%eax\n syscall"  # kill(getpid(), ...)
+REASONS = {
+    "cli": r"no handler for vector 13 \(general protection\) at 0x20000010c[0-9a-f]{3}, error code 0x0",
+    "ud2": r"no handler for vector 6 \(invalid opcode\) at 0x20000010c[0-9a-f]{3}, error code 0x0",
+    "int3": r"no handler for vector 3 \(breakpoint\) at 0x20000010c[0-9a-f]{3}, error code 0x0",
+    "movq $0,0": r"page fault outside the windows, at 0x0, error code 0x6, instruction 0x20000010c[0-9a-f]{3}",
+    SIGNAL_ITSELF.format(11): "SIGSEGV, which it sent itself",
+    SIGNAL_ITSELF.format(8): "SIGFPE, which it sent itself",
+}
+
+
+@pytest.mark.parametrize("attack", REASONS)
+def test_what_nobody_handles_ends_it_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
     hv = machine(tmp_path, monkeypatch, attack)
     try:
-        status = hv.go()
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV and not hv.ends
+        hv.go()
+        assert len(hv.ends) == 1 and re.fullmatch(REASONS[attack], hv.ends[0])
     finally:
         hv.close()
 
 
-def test_an_exception_that_nobody_handles_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hv = machine(tmp_path, monkeypatch, "cli")
+def test_a_domain_that_cannot_say_so_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hv = machine(tmp_path, monkeypatch, "mov $3,%eax\n mov $12,%edi\n syscall\n ud2")  # close(FD_FAULT)
     try:
-        assert hv.go() == -1 and len(hv.ends) == 1
-        assert re.fullmatch(r"general protection \(13\) at 0x[0-9a-f]+, and no handler", hv.ends[0])
+        status = hv.go()
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV and not hv.ends
     finally:
         hv.close()
 
