@@ -115,12 +115,12 @@ def exceptions() -> Path:
     """A native kernel that handles its own."""
     folder = BUILD / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    return build("traps", folder)
+    return build("exceptions", folder)
 
 
 def exception() -> float:
     """us."""
-    guest = host().guest("raise=bench", cpus()[0], exceptions())
+    guest = host().guest("case=bench", cpus()[0], exceptions())
     host().connection.ask("unpause", name=guest.name)
     return float(guest.said()["ns"]) / 1e3
 

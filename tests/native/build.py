@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PUBLIC = HERE.parent.parent / "hypervisor" / "public"
-KERNELS = ("hello", "hostile", "paging", "traps")
+KERNELS = ("hello", "hostile", "paging", "exceptions")
 COMPILE = [
     "gcc", "-c", "-std=c11", "-O2", "-ffreestanding", "-fpie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
     "-fno-tree-loop-distribute-patterns", "-Wall", "-Wextra", "-Werror", f"-I{PUBLIC}",

@@ -3,13 +3,11 @@
 The real gate, zygote, monitors and hypercalls; only the builder's part is done here, by the hypervisor's own hand, from
 ABI.md section 3. JOBS is a JSON list of jobs; the last line of output is a JSON list of their ends.
 
-    job   {"kernel": path of an ELF file, "cmdline": text, and perhaps "unfiltered", "unchecked", "ring_may_leave": bool}
-    end   {"exit_code": int, "reason": text, "console": text, "said": [lines of console_io],
-           "hypercalls": n, "faults": n, "fills": n}
+    job   {"kernel": path of an ELF file, "cmdline": text, "unfiltered": bool, "ring_may_leave": bool}
+    end   {"exit_code": int, "reason": text, "console": text, "said": [lines of console_io]}
 
 Domain 1, paused for ever, grants its frame KERNEL_PFN read-only to every job's domain in turn, as its entry 8, and waits
-for a frame from it, entry 9. `unfiltered`, `unchecked` and `ring_may_leave` are seeded defects; the last two stay for the
-jobs after it.
+for a frame from it, entry 9. `unfiltered` and `ring_may_leave` are seeded defects; the second stays for the jobs after it.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dom0 import elf
-from hypervisor import domctl, evtchn, lifecycle, mmu, traps
+from hypervisor import domctl, evtchn, lifecycle, mmu
 from hypervisor.core import Hypervisor
 from hypervisor.domain import DOM0, Domain
 from hypervisor.host import Host
@@ -88,7 +86,7 @@ class Machine:
 
     def run(self, domid: int, job: dict[str, Any]) -> dict[str, Any]:
         """The life of one domain."""
-        hv, flags = self.hv, CreateFlags.NATIVE | (CreateFlags.UNFILTERED if job.get("unfiltered") else CreateFlags.NONE)
+        hv, flags = self.hv, CreateFlags.NATIVE | (CreateFlags.UNFILTERED if job["unfiltered"] else CreateFlags.NONE)
         domain = Domain(domid, f"native{domid}", flags)
         self.until_done(lifecycle.create(hv, domain, FRAMES, ""))
         image = elf.parse(Path(job["kernel"]).read_bytes())
@@ -101,8 +99,6 @@ class Machine:
         granted = self.granter.mfn_list[KERNEL_PFN]
         entries = ENTRY.pack(Gtf.PERMIT_ACCESS | Gtf.READONLY, domid, granted) + ENTRY.pack(Gtf.ACCEPT_TRANSFER, domid, 0)
         hv.machine.write(self.granter.grant_frames[0], GRANT_REF * ENTRY.size, entries)
-        if job.get("unchecked"):
-            traps._check = lambda vector, flags, cs, address: None
         if job.get("ring_may_leave"):
             hv.hold = lambda domain, mfn: None  # type: ignore[method-assign]
         self.load(domain, tables, range(image.text.pfn, image.text.pfn + image.text.pages))
@@ -126,9 +122,6 @@ class Machine:
             "reason": domain.reason,
             "console": page[console.OUT : console.OUT + size].decode(),
             "said": said,
-            "hypercalls": domain.hypercalls,
-            "faults": domain.faults,
-            "fills": domain.fills,
         }
 
     def load(self, domain: Domain, tables: BootTables, text: range) -> None:

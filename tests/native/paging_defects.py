@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hypervisor import budget, domctl, frames, grant, guest_access, memory, mmu, segments, space
+from hypervisor import budget, domctl, fault, frames, grant, guest_access, memory, mmu, segments, space, traps
 from hypervisor._hv import ffi, lib
 from hypervisor.core import Hypervisor
 from hypervisor.domain import Domain
@@ -194,5 +194,7 @@ DEFECTS: dict[str, Callable[[], Any]] = {
     ),
     "no acknowledgement": patch(Monitor, "run", run),
     "nothing is charged": patch(budget.Budget, "charge", lambda *_: 0),
+    "any handler": patch(traps, "_check", lambda *_: None),
+    "double faults are bounced": patch(fault, "_double", lambda *_: ""),
     "a patient deadline": patch(monitor, "ACK_NS", 4_000_000_000),
 }

@@ -95,6 +95,7 @@ class Machine:
         self.spoiled = False  # by a seeded defect: the counts are not what they should be
         self.wishes: dict[str, Callable[..., None]] = {
             "end-granter": lambda _: lifecycle.end(self.hv, self.the_granter, "the test's"),
+            "counters": self.look_at_counters,
             "is-it-gone": self.look_whether_gone,
             "look-at-secret": self.look_at_secret,
             "monitor-killed": lambda domain: os.kill(domain.monitor_process.pid, signal.SIGKILL),
@@ -122,6 +123,11 @@ class Machine:
 
     def look_whether_gone(self, _: Domain) -> None:
         self.seen.append("gone" if not self.the_granter.alive else "alive")
+
+    def look_at_counters(self, domain: Domain) -> None:
+        """Hypercalls, messages of page faults, and when its monitor was last asked for something."""
+        assert domain.monitor is not None
+        self.seen.append(f"{domain.hypercalls} {domain.faults} {domain.monitor._sent_ns}")
 
     def look_at_secret(self, _: Domain) -> None:
         """Nobody owns the frame now; it was scrubbed, if its grantee let it go."""
