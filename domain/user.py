@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from domain import memory
 from domain._guest import ffi, lib
+from domain.traps import set_traps
 from hypervisor.public.errors import NoEntry
 from hypervisor.public.layout import KERNEL_WINDOW, VIRT_BASE
 from hypervisor.public.mmu import MmuextCommand
+from hypervisor.public.traps import TI_DPL, TI_FAST, Vector
 from hypervisor.public.types import PAGE_SIZE
 from hypervisor.public.user import CONTROL_BYTES, CONTROL_PAGES, TURN_PROGRAM, UserDestroy, UserInterrupt
 
@@ -43,6 +45,8 @@ class UserSpace:
         assert list(control_pfns) == list(range(first, first + CONTROL_PAGES)), "control pages lie side by side"
         if not hasattr(kernel, "_users_ready"):
             assert lib.user_init() == 0
+            handler = int(ffi.cast("uintptr_t", ffi.addressof(lib, "user_run")))  # a system call is what it returns with
+            set_traps(kernel, {Vector.SYSTEM_CALL: handler}, TI_FAST | TI_DPL)
             kernel._users_ready = True  # type: ignore[attr-defined]
         self._kernel, self.root_mfn, self.dead = kernel, root_mfn, False
         address = KERNEL_WINDOW + VIRT_BASE + first * PAGE_SIZE

@@ -90,12 +90,12 @@ class Process:
 class Trap(NamedTuple):
     """A handler that the guest kernel registered."""
 
-    address: int  # in its process; of a fast one, in its applications'
+    address: int  # in its process
     flags: int  # TI_*
 
     @property
     def word(self) -> int:
-        """As it stands in the page that the entry code of the kernel's process reads."""
+        """As it stands in the page of its entry code, by which system calls of applications do not come."""
         return 0 if self.flags & TI_FAST else self.address | self.flags << TI_SHIFT
 
 

@@ -10,7 +10,7 @@ from hypervisor.dispatch import hypercall
 from hypervisor.domain import Domain, Trap
 from hypervisor.public import traps as abi
 from hypervisor.public.errors import Invalid, TooBig
-from hypervisor.public.layout import HYPERVISOR_VIRT_START, is_hypervisors
+from hypervisor.public.layout import is_hypervisors
 from hypervisor.public.traps import Vector, VmassCommand, VmassType
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ def _check(vector: int, flags: int, cs: int, address: int) -> None:
     if flags & ~FLAGS:
         raise Invalid(f"flags {flags:#x}")
     _check_ring(cs)
-    if not flags & abi.TI_FAST:
-        _check_address("handler", address)
-    elif vector != Vector.SYSTEM_CALL or flags & abi.TI_MASK_EVENTS:
-        raise Invalid(f"vector {vector} cannot be fast with flags {flags:#x}: nobody is there to mask events, or to see cr2")
-    elif address >= HYPERVISOR_VIRT_START:
-        raise Invalid(f"fast handler {address:#x} is no address of an application")
+    _check_address("handler", address)
+    if flags & abi.TI_FAST and vector != Vector.SYSTEM_CALL:
+        raise Invalid(f"vector {vector} cannot be fast: system calls of applications alone are")
+    if vector == Vector.SYSTEM_CALL and not flags & abi.TI_FAST:
+        raise Invalid("vector 0x80 must be fast: in the kernel's own process the host takes that interrupt for itself")
+    if flags & abi.TI_FAST and flags & (abi.TI_DPL | abi.TI_MASK_EVENTS) != abi.TI_DPL:
+        raise Invalid(f"a fast handler with flags {flags:#x}: applications are of ring 3, and nobody is there to mask events")
 
 
 def _check_ring(selector: int) -> None:

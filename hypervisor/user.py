@@ -215,6 +215,8 @@ def _order(hv: Hypervisor, domain: Domain) -> bytes:
 
 def create(hv: Hypervisor, domain: Domain, root: int, address: int) -> Steps:
     """Steps: show `root` in a new process; `address` of the mfns of its control region. Raises XenError, all undone."""
+    if traps.Vector.SYSTEM_CALL not in domain.traps:
+        raise NoEntry("vector 0x80 has no fast handler: an application's system calls would have nowhere to go")
     control = list(struct.unpack(f"<{CONTROL_PAGES}Q", guest_access.copy_in(hv, domain, address, 8 * CONTROL_PAGES)))
     if hv.frames.frame[root].window:
         raise Busy("the root is shown already")

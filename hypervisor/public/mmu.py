@@ -124,7 +124,8 @@ class MmuextOp(Hypercall[int]):
     pinned ones in windows, so that a switch unmaps nothing, and writes the new window's host address to shared_info.
     TLB_FLUSH, INVLPG: throw out host mappings, which come back by fault. CLEAR_PAGE, COPY_PAGE: the frame must be ours and
     be no table. NEW_USER_BASEPTR: an address space of a program's (user.py); arg1 is its root, arg2 the address of the mfns of
-    its control region, CONTROL_PAGES words. Busy: a window or a space shows the root; NoSpace: MAX_USERS, or the host refuses.
+    its control region, CONTROL_PAGES words. NoEntry: vector 0x80 has no fast handler (traps.py); Busy: a window or a space
+    shows the root; NoSpace: MAX_USERS, or the host refuses.
     """
 
     OP = OP_MMUEXT

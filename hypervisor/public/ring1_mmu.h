@@ -100,7 +100,7 @@ enum {                                     /* what the processor raises */
 #define RING1_FRAME_BYTES 48               /* with a frame of this size, 8 less without an error code */
 #define RING1_TI_DPL 3                     /* bits of trap_info.flags */
 #define RING1_TI_MASK_EVENTS 4
-#define RING1_TI_FAST 8
+#define RING1_TI_FAST 8                    /* of RING1_VECTOR_SYSTEM_CALL, and of no other */
 #define RING1_TI_SHIFT 56                  /* the lowest of them in a word of ring1_traps */
 #define RING1_EVENT 256                    /* which word of ring1_traps, and what a message is of: the event callback, */
 #define RING1_FAILSAFE 257                 /* the failsafe callback, */

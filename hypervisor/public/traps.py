@@ -2,8 +2,7 @@
 
     trap_info  16 bytes: u8 vector, u8 flags (bits 0-1 DPL, 2 mask events on entry, 3 fast), u16 cs, u32 pad, u64 address
 
-An array of them ends with one whose address is 0. An address is one of the kernel's process (a host address); of the fast
-one, which is vector 0x80 alone, an address of its applications.
+An array of them ends with one whose address is 0. An address is one of the kernel's process (a host address).
 
 What was registered and found good stands in the page TRAP_TABLE of the top 64 MB, a word an entry, so that it is read whole;
 the hypervisor alone can write it. The entry code goes by it and by nothing else:
@@ -22,6 +21,10 @@ ends the handler, once it has taken the error code off:
 The cs word has Xen's saved_upcall_mask in its byte 4: evtchn_upcall_mask before the entry. Flags TF, DF, NT, RF and AC are
 clear on entry. `int $n` enters vector n, behind the instruction and without an error code, where its DPL is 1 or more; else it
 is a general protection fault with error code n * 8 + 2, as it is of a vector without a handler.
+
+Vector 0x80 is the one of applications' system calls, and TI_FAST is its flag: once its handler was found good, the direct path
+is installed, and they go from an application's process to the kernel's with no hypervisor in between (user.py). Before that
+there is no application (NEW_USER_BASEPTR, NoEntry). Nothing jumps to the address: the kernel waits there, for its cell.
 
 A page fault goes to the hypervisor first. What the guest's tables allow, it maps, and the access runs again; the rest is
 bounced to the guest's handler of vector 14, whose error code is this:
@@ -117,7 +120,8 @@ class SetTrapTable(Hypercall[None]):
     """Register the handlers listed at `address`, entry by entry; 0 forgets them all. Entries before a bad one stand.
 
     Raises BadAddress, TooBig (MAX_TRAPS), Invalid (a vector that is never raised, a flag, a code selector whose ring is 0, an
-    address that is not canonical or is the hypervisor's; TI_FAST of another vector than 0x80, or with TI_MASK_EVENTS).
+    address that is not canonical or is the hypervisor's; TI_FAST of another vector than 0x80, or that one without TI_FAST and
+    DPL 3, or with TI_MASK_EVENTS).
     """
 
     OP = OP_SET_TRAP_TABLE

@@ -7,17 +7,18 @@ from typing import Any, cast
 
 import pytest
 
-from hypervisor import traps
+from hypervisor import traps, user
 from hypervisor.domain import Domain, Trap
 from hypervisor.gate.monitor import Monitor
 from hypervisor.public.domctl import CreateFlags
-from hypervisor.public.errors import BadAddress, Invalid, TooBig
+from hypervisor.public.errors import BadAddress, Invalid, NoEntry, TooBig
 from hypervisor.public.layout import HYPERVISOR_VIRT_START, KERNEL_WINDOW, NR_WINDOWS, SPACE_BYTES
 from hypervisor.public.traps import (
     EVENT,
     FAILSAFE,
     KERNEL_SP,
     MAX_TRAPS,
+    TI_DPL,
     TI_FAST,
     TI_MASK_EVENTS,
     TI_SHIFT,
@@ -33,7 +34,7 @@ CS, AT = 0x33, 0x5000  # the code selector of a process; where the list lies
 HANDLER = KERNEL_WINDOW + 0x10_0000
 LAST = bytes(16)
 TOP = KERNEL_WINDOW + HYPERVISOR_VIRT_START
-APPLICATION = 0x10_0000  # an address of its applications
+FAST = TI_FAST | TI_DPL  # as an application's system calls want it
 NOWHERE = [1 << 47, (1 << 64) - 8, TOP, TOP + (64 << 20) - 1, TOP + (NR_WINDOWS - 1) * SPACE_BYTES]
 END = KERNEL_WINDOW + NR_WINDOWS * SPACE_BYTES
 SOMEWHERE = [1, TOP - 1, KERNEL_WINDOW - 1, KERNEL_WINDOW + SPACE_BYTES, END, (1 << 47) - 1]
@@ -97,7 +98,7 @@ def test_a_handler_is_registered_replaced_and_forgotten(guest: Memory) -> None:
 
 
 def test_the_entry_code_is_told_of_every_vector(guest: Memory) -> None:
-    vectors = sorted({*range(MAX_TRAPS)} - {2, 8, 18})
+    vectors = sorted({*range(MAX_TRAPS)} - {2, 8, 18, 0x80})
     guest.register(*(entry(HANDLER + v, v, v % 8) for v in vectors), LAST)
     assert guest.words() == {v: word(HANDLER + v, v % 8) for v in vectors}
 
@@ -111,10 +112,12 @@ BAD = [
     *(entry(vector=v) for v in (2, 8, 18)),
     *(entry(flags=f) for f in (0x10, 0x20, 0x40, 0x80)),
     *(entry(cs=cs) for cs in (0, 0x10, 0xFFFC)),
-    *(entry(vector=6, flags=TI_FAST), entry(flags=TI_FAST), entry(vector=0x81, flags=TI_FAST | 3)),
-    *(entry(vector=0x80, flags=f) for f in (TI_FAST, TI_FAST | 3)),  # a kernel's address
-    entry(APPLICATION, 0x80, TI_FAST | TI_MASK_EVENTS),
-    entry(HYPERVISOR_VIRT_START, 0x80, TI_FAST | 3),
+    *(entry(vector=v, flags=FAST) for v in (0, 6, 13, 14, 0x7F, 0x81, 255)),
+    *(entry(vector=0x80, flags=f) for f in (0, 3, TI_MASK_EVENTS)),  # the host's own
+    *(entry(vector=0x80, flags=TI_FAST | dpl) for dpl in (0, 1, 2)),  # no application would reach it
+    *(entry(vector=0x80, flags=FAST | f) for f in (TI_MASK_EVENTS, 0x10, 0x80)),
+    entry(vector=0x80, flags=FAST, cs=0x10),
+    *(entry(address, 0x80, FAST) for address in NOWHERE),
     *(entry(address) for address in NOWHERE),
     *(entry(address, 0) for address in NOWHERE),
 ]
@@ -139,15 +142,24 @@ def test_an_address_of_its_process_is_its_own_affair(guest: Memory, address: int
     assert guest.register(entry(address), LAST) == {14: Trap(address, 3)}
 
 
-def test_a_fast_handler_is_kept_and_is_none_of_the_kernels(guest: Memory) -> None:
-    """It is entered in applications: the entry code of the kernel's own process has no handler of 0x80."""
-    guest.register(entry(APPLICATION, 0x80, TI_FAST | 3), entry(), LAST)
-    assert guest.domain.traps[0x80] == Trap(APPLICATION, TI_FAST | 3)
+def test_a_fast_handler_is_no_exceptions(guest: Memory) -> None:
+    """The entry code of the kernel's own process is not told: an `int $0x80` there enters nothing, whatever its host does."""
+    guest.register(entry(HANDLER + 8, 0x80, FAST), entry(), LAST)
+    assert guest.domain.traps[0x80] == Trap(HANDLER + 8, FAST)
     assert guest.words() == {14: word()}
-    guest.register(entry(HANDLER, 0x80, 1), LAST)
-    assert guest.words() == {14: word(), 0x80: word(flags=1)}
-    guest.register(entry(APPLICATION, 0x80, TI_FAST | 3), LAST)
-    assert guest.words() == {14: word()}, "the one before is gone"
+
+
+def test_there_is_no_application_before_its_system_calls_have_a_way(guest: Memory) -> None:
+    """The first thing that is asked of one, also once the way was there and is forgotten; with it the next thing is asked."""
+    hv: Any = None
+    with pytest.raises(NoEntry, match="0x80 has no fast handler"):
+        next(user.create(hv, guest.domain, 1, AT))
+    guest.register(entry(vector=0x80, flags=FAST), LAST)
+    with pytest.raises(BadAddress):  # of the control region, which is asked for next
+        next(user.create(hv, guest.domain, 1, AT))
+    guest.register()
+    with pytest.raises(NoEntry):
+        next(user.create(hv, guest.domain, 1, AT))
 
 
 def test_a_list_that_leaves_its_memory(guest: Memory) -> None:

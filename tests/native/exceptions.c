@@ -96,7 +96,8 @@ void handle_all(void)
     uint32_t n = 0;
 
     for (uint32_t v = 0; v < RING1_MAX_TRAPS; v++)
-        if (v != RING1_VECTOR_NMI && v != RING1_VECTOR_DOUBLE_FAULT && v != RING1_VECTOR_MACHINE_CHECK)
+        if (v != RING1_VECTOR_NMI && v != RING1_VECTOR_DOUBLE_FAULT && v != RING1_VECTOR_MACHINE_CHECK &&
+            v != RING1_VECTOR_SYSTEM_CALL)
             table[n++] = (struct trap_info){
                 .vector = (uint8_t)v, .cs = 0x33, .address = (uint64_t)(uintptr_t)handlers + 16 * v};
     table[n].address = 0;

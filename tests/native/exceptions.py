@@ -50,7 +50,7 @@ EACH = {
         none 13 642 0
     """,
     "frame": "kept 0 0 1024 40 40",
-    "direct": "5000",
+    "direct": "100000",
 }  # fmt: skip
 IRETQ = "null-cs {0} 0 0\n{1}\ncs {0} 16 0\n{1}\nss {0} 24 0\n{1}\nrip {0} 0 0\n{1}"
 FORGED = "good 6 0 0\ncs {0} 0 0|cs {0} 16 0\nss {0} 0 0|ss {0} 16 0\nrip {0} 0 0"  # some processors name the selector
@@ -72,7 +72,7 @@ EVENTS = {
     "events-nobody": "0 1 1 0 1 0 1",
 }
 SURVIVED = {
-    "table": "\n".join([" ".join(["-22 stands"] * 8)] * 2) + "\n-14 0 fast -22 -22 -22 -22 0",
+    "table": "\n".join([" ".join(["-22 stands"] * 8)] * 3) + "\n-14 0 fast -22 -22 -22 -22 0",
     "changes": "all both",
     "stack-lost-page": "1 filled 6 0 0",
     "called": "0 14 14\nafter 6 0 0",

@@ -27,8 +27,12 @@ static void table(void)
         {.vector = 4, .cs = 0x33, .address = ~0ull}, {.vector = 4, .cs = 0x33, .address = top},
         {.vector = 4, .cs = 0x33, .address = RING1_KERNEL_WINDOW + RING1_MONITOR_CODE},
         {.vector = 4, .cs = 0x33, .address = RING1_KERNEL_WINDOW + RING1_SHARED_INFO},
-        {.vector = 4, .cs = 0x33, .address = top + 15 * RING1_SPACE_BYTES}, {.vector = 14, .cs = 0x33, .flags = 8, .address = 4096},
-        {.vector = 0x80, .cs = 0x33, .flags = 8, .address = at}, {.vector = 0x80, .cs = 0x33, .flags = 12, .address = 4096},
+        {.vector = 4, .cs = 0x33, .address = top + 15 * RING1_SPACE_BYTES}, {.vector = 14, .cs = 0x33, .flags = 8 | 3, .address = at},
+        {.vector = 4, .cs = 0x33, .flags = 8 | 3, .address = at}, {.vector = 0x80, .cs = 0x33, .flags = 3, .address = at},
+        {.vector = 0x80, .cs = 0x33, .flags = 8, .address = at}, {.vector = 0x80, .cs = 0x33, .flags = 8 | 4 | 3, .address = at},
+        {.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = top}, {.vector = 0x80, .cs = 0x30, .flags = 8 | 3, .address = at},
+        {.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = 1ull << 47}, {.vector = 0x80, .cs = 0x33, .flags = 0x18 | 3, .address = at},
+        {.vector = 0x80, .cs = 0x33, .flags = 8 | 1, .address = at}, {.vector = 6, .cs = 0x33, .flags = 8, .address = at},
     };
 
     for (uint32_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -38,7 +42,7 @@ static void table(void)
             flush();
     }
     note(CALL(__HYPERVISOR_set_trap_table, 8)); /* nothing is mapped there */
-    note(after((struct trap_info){.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = 4096}));
+    note(after((struct trap_info){.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = at}));
     word(traps->trap[6] && !traps->trap[0x80] ? "fast" : "DIFFERS");
     note(CALL(__HYPERVISOR_set_callbacks, top, at)), note(CALL(__HYPERVISOR_set_callbacks, at, 1ull << 47));
     note(CALL(__HYPERVISOR_stack_switch, 0x2b, top)), note(CALL(__HYPERVISOR_stack_switch, 0x28, at));

@@ -16,6 +16,7 @@ from tests.native.build import HERE, build
 from tests.native.exceptions import POWEROFF, REASONS, SAID, as_expected
 from tests.native.paging_machine import run
 
+COUNTED = ("every", "privileged", "arithmetic")
 SEEDED = [  # a defect, a case, what it then says
     ("any handler", "handler-on-top", ["0"]),
     ("any handler", "table", None),
@@ -51,10 +52,12 @@ def test_what_cannot_be_delivered_ends_its_domain_with_a_reason(ends: dict[str, 
     assert (end["lost"], end["dirty"]) == (0, 0), "frames"
 
 
-def test_5000_exceptions_cost_no_call_no_message_and_no_batch(ends: dict[str, Any]) -> None:
-    """Hypercalls, messages of page faults, when the monitor was last asked for something; the second look is a call itself."""
-    before, after = (look.split() for look in ends["direct"]["seen"])
-    assert int(after[0]) - int(before[0]) == 1
+@pytest.mark.parametrize(("name", "lines"), [(name, len(SAID[name])) for name in COUNTED] + [("direct", 0)])
+def test_exceptions_cost_no_call_no_message_and_no_batch(ends: dict[str, Any], name: str, lines: int) -> None:
+    """One of each, and 100,000. Hypercalls, messages of page faults, when the monitor was last asked for something; each line
+    that was said is a call, and so is the second look."""
+    before, after = (look.split() for look in ends[name]["seen"])
+    assert int(after[0]) - int(before[0]) == lines + 1
     assert after[1:] == before[1:]
 
 

@@ -14,8 +14,7 @@ import pytest
 
 from hypervisor.gate._gate import lib
 from hypervisor.public import traps
-from hypervisor.public.layout import KERNEL_WINDOW, SHARED_INFO, TRAP_TABLE
-from hypervisor.public.start_info import SHARED_UPCALL_MASK
+from hypervisor.public.layout import KERNEL_WINDOW
 from tests.conftest import TIMEOUT
 from tests.models.mutant import ROOT, compile_copies
 
