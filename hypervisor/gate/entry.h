@@ -22,11 +22,12 @@ _Static_assert(sizeof(struct fault) == 40, "traps.FAULT");
 _Static_assert(sizeof(struct verdict) == 16, "traps.VERDICT");
 
 /* How many of us run. All host mappings of the windows may be thrown out at any time, also under this code: what it reads at
- * rip and writes to the guest's stack is filled by a second one, which does nothing else. */
-extern __attribute__((visibility("hidden"))) int entry_depth;
+ * rip and writes to the guest's stack is filled by a second one, which does nothing else. Volatile, as the frame is where it is
+ * pushed: the second one must find both as they are written here, and the compiler does not know of it. */
+extern __attribute__((visibility("hidden"))) volatile int entry_depth;
 
 /* What the first one is at: a vector or RING1_EVENT, RING1_FAILSAFE, of the instruction at rip, on the stack at rsp. */
-extern __attribute__((visibility("hidden"))) struct entry {
+extern __attribute__((visibility("hidden"))) volatile struct entry {
     uint64_t value, rip, rsp;
 } entry_at;
 

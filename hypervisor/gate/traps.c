@@ -29,8 +29,8 @@ enum { STACK_BYTES = 64 << 10 }; /* the signal frame holds the vector registers 
 _Static_assert(sizeof(struct ring1_traps) <= RING1_PAGE_SIZE, "one page");
 
 static char stack[STACK_BYTES] __attribute__((aligned(64)));
-int entry_depth;
-struct entry entry_at;
+volatile int entry_depth;
+volatile struct entry entry_at;
 
 /* What the hardware clears when it delivers, and the host kernel does not: the alignment check is none of ring 0, and an iretq
  * with NT set is a task switch of old. */
@@ -52,7 +52,7 @@ static int is_no_stack(uint64_t at)
  * is filled by a second one of us, or it is a double fault. */
 void enter(greg_t *reg, uint64_t top, uint64_t word, int has_error, uint64_t error)
 {
-    struct ring1_exception_frame *frame = (struct ring1_exception_frame *)(top & ~(uint64_t)15) - 1;
+    volatile struct ring1_exception_frame *frame = (struct ring1_exception_frame *)(top & ~(uint64_t)15) - 1;
     uint64_t selectors = (uint64_t)reg[REG_CSGSFS]; /* cs, gs, fs, ss: 16 bits each */
     uint64_t masked = __atomic_load_n(&VCPU->evtchn_upcall_mask, __ATOMIC_SEQ_CST);
     uint16_t cs, ss;
@@ -91,7 +91,8 @@ static int cannot_return(const greg_t *reg, const siginfo_t *info, uint64_t vect
     if (!(reg[REG_EFL] & RESUME_FLAG))
         return vector != OVERFLOW || !(is_int(code - 2, OVERFLOW) || code[-1] == 0xce);
     __asm__("mov %%cs,%0" : "=r"(ours));
-    return (cs != ours && cs != COMPATIBLE_CS) || (uint64_t)reg[REG_RIP] >> CANONICAL_BITS || code[0] == 0xcf || (code[0] == 0x48 && code[1] == 0xcf);
+    return (cs != ours && cs != COMPATIBLE_CS) || (uint64_t)reg[REG_RIP] >> CANONICAL_BITS || code[0] == 0xcf ||
+           (code[0] == 0x48 && code[1] == 0xcf);
 }
 
 /* All but a page fault of the windows. */

@@ -1,9 +1,9 @@
 """Applications: the processes in which a guest kernel runs programs, and the cell by which they hand over to each other.
 
 A guest lays out page tables for a *user root* (an L3 of its own, pinned) and names CONTROL_PAGES frames of its own. The
-extended operation NEW_USER_BASEPTR (mmu.py) makes of them an address space in a process of its own: `va` is the host's `va`,
-from USER_START to the hypervisor's 64 MB, where the program finds the gate page and the control region, and nothing else.
-Host mappings follow the root's tables as a kernel's do.
+extended operation NEW_USER_BASEPTR (mmu.py) makes of them an address space in a process of its own, once vector 0x80 has its
+handler (traps.py): `va` is the host's `va`, from USER_START to the hypervisor's 64 MB, where the program finds the gate page
+and the control region, and nothing else. Host mappings follow the root's tables as a kernel's do.
 
     0x7F_FC00_0000  USER_GATE: the gate's code and the monitor's, the only page from which the host takes a system call
     0x7F_FC00_1000  commands of the space's monitor, read-only

@@ -27,11 +27,13 @@ static void table(void)
         {.vector = 4, .cs = 0x33, .address = ~0ull}, {.vector = 4, .cs = 0x33, .address = top},
         {.vector = 4, .cs = 0x33, .address = RING1_KERNEL_WINDOW + RING1_MONITOR_CODE},
         {.vector = 4, .cs = 0x33, .address = RING1_KERNEL_WINDOW + RING1_SHARED_INFO},
-        {.vector = 4, .cs = 0x33, .address = top + 15 * RING1_SPACE_BYTES}, {.vector = 14, .cs = 0x33, .flags = 8 | 3, .address = at},
+        {.vector = 4, .cs = 0x33, .address = top + 15 * RING1_SPACE_BYTES},
+        {.vector = 14, .cs = 0x33, .flags = 8 | 3, .address = at},
         {.vector = 4, .cs = 0x33, .flags = 8 | 3, .address = at}, {.vector = 0x80, .cs = 0x33, .flags = 3, .address = at},
         {.vector = 0x80, .cs = 0x33, .flags = 8, .address = at}, {.vector = 0x80, .cs = 0x33, .flags = 8 | 4 | 3, .address = at},
         {.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = top}, {.vector = 0x80, .cs = 0x30, .flags = 8 | 3, .address = at},
-        {.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = 1ull << 47}, {.vector = 0x80, .cs = 0x33, .flags = 0x18 | 3, .address = at},
+        {.vector = 0x80, .cs = 0x33, .flags = 8 | 3, .address = 1ull << 47},
+        {.vector = 0x80, .cs = 0x33, .flags = 0x18 | 3, .address = at},
         {.vector = 0x80, .cs = 0x33, .flags = 8 | 1, .address = at}, {.vector = 6, .cs = 0x33, .flags = 8, .address = at},
     };
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_delivered_is_told(program: Path, case: str) -> None:
         ("every", "return vector != OVERFLOW || !(is_int(code - 2, OVERFLOW) || code[-1] == 0xce);", "return vector < 99;"),
         ("sigreturn-failsafe", "if (!(reg[REG_EFL] & RESUME_FLAG))", "if (0)"),
         ("sigreturn-failsafe", "!(reg[REG_EFL] & RESUME_FLAG))\n        return vector", "0)\n        return vector"),
-        ("iretq-failsafe", "|| (code[0] == 0x48 && code[1] == 0xcf)", ""),
+        ("iretq-failsafe", "(code[0] == 0x48 && code[1] == 0xcf)", "0"),
         ("iretq-failsafe-stack", "TRAPS->kernel_sp ? TRAPS->kernel_sp : top", "top"),
         ("iretq", "if (word) {\n            entry_at.value", "if (1) {\n            entry_at.value"),
         ("every", "RING1_PF_DELIVERY);\n    entry_depth--;", "RING1_PF_DELIVERY);"),
