@@ -349,15 +349,16 @@ def ramdisk(
     output: Annotated[Path, typer.Option("-o", "--output", help="the archive", metavar="FILE")],
     tree: Annotated[Path | None, typer.Argument(help="what is to be in it", metavar="DIR")] = None,
     busybox: Annotated[Path | None, typer.Option(help="a static busybox, with all of its applets", metavar="FILE")] = None,
+    program: Annotated[list[Path] | None, typer.Option(help="of the host, and its libraries; repeatable")] = None,
 ) -> None:
     """Pack a tree of the host as the root of a domain that runs programs of Linux. The same tree gives the same bytes."""
     from dom0 import ramdisk as archive
 
-    if tree is None and busybox is None:
-        raise config.ConfigError("nothing to pack: name a DIR, --busybox, or both")
+    if tree is None and busybox is None and not program:
+        raise config.ConfigError("nothing to pack: name a DIR, --busybox, --program, or several")
     try:
         with open(output, "wb") as out:
-            entries, size = archive.build(out, tree, busybox)
+            entries, size = archive.build(out, tree, busybox, programs=program or ())
     except (archive.RamdiskError, OSError) as error:
         output.unlink(missing_ok=True)
         raise HostError(str(error)) from None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,8 @@ CHUNK = 1 << 20
 MAX_FILE = (1 << 32) - 1
 MAX_NAME = 4095
 TRAILER = b"TRAILER!!!"
+ELF_HEADER = struct.Struct("<16s16xQ14xHH")  # e_phoff, e_phentsize, e_phnum of a 64-bit one, from its beginning
+PHDR, PT_INTERP = struct.Struct("<IIQQQQ16x"), 3
 
 
 class RamdiskError(Exception):
@@ -149,8 +152,55 @@ def add_busybox(writer: Writer, busybox: str, taken: set[bytes]) -> int:
     return count
 
 
-def build(out: BinaryIO, tree: Path | None = None, busybox: Path | None = None, mtime: int = 0) -> tuple[int, int]:
-    """Pack a tree, or busybox, or both: the tree's files win. Returns entries and bytes.
+def libraries(program: str) -> list[str]:
+    """What a program of the host needs beside itself, as the host's loader finds it: the loader too. None: a static one."""
+    loader = interpreter(program)
+    if not loader:
+        return []
+    try:
+        answer = subprocess.run([loader, "--list", program], capture_output=True, check=True, timeout=10, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RamdiskError(f"{program}: its libraries are not all to be had: {error}") from None
+    lines = (line.partition("=>")[2].split() or line.split() for line in answer.stdout.splitlines())
+    return sorted({loader, *(words[0] for words in lines if words and words[0].startswith("/"))})
+
+
+def interpreter(program: str) -> str:
+    """The loader that an ELF program names (PT_INTERP); "": none."""
+    with open(program, "rb") as file:
+        head = file.read(ELF_HEADER.size)
+        if len(head) < ELF_HEADER.size or head[:5] != b"\x7fELF\2":
+            return ""
+        _, at, size, count = ELF_HEADER.unpack(head)
+        file.seek(at)
+        table = file.read(size * count)
+        for kind, _, offset, _, _, length in (PHDR.unpack_from(table, size * i) for i in range(len(table) // max(size, 56))):
+            if kind == PT_INTERP:
+                file.seek(offset)
+                return os.fsdecode(file.read(length).rstrip(b"\0"))
+    return ""
+
+
+def add_programs(writer: Writer, programs: Iterable[Path], taken: set[bytes]) -> int:
+    """Programs of the host, each at its own path, with the libraries that they need; links are followed."""
+    files: dict[bytes, str] = {}
+    for program in programs:
+        path = os.path.abspath(program)
+        files |= {os.fsencode(name.lstrip("/")): name for name in (path, *libraries(path))}
+    files = {name: path for name, path in files.items() if name not in taken}
+    parents = {b"/".join(name.split(b"/")[:depth]) for name in files for depth in range(1, name.count(b"/") + 1)} - taken
+    for parent in sorted(parents):
+        writer.bytes_file(parent, stat.S_IFDIR | 0o755, b"")
+    for name, path in sorted(files.items()):
+        writer.host_file(name, path, os.stat(path))
+    taken |= parents | files.keys()
+    return len(parents) + len(files)
+
+
+def build(
+    out: BinaryIO, tree: Path | None = None, busybox: Path | None = None, mtime: int = 0, programs: Iterable[Path] = ()
+) -> tuple[int, int]:
+    """Pack a tree, programs of the host, busybox: of two files with one name the first wins. Returns entries and bytes.
 
     Raises RamdiskError for what cannot be packed, OSError for what cannot be read."""
     writer = Writer(out, mtime)
@@ -161,6 +211,7 @@ def build(out: BinaryIO, tree: Path | None = None, busybox: Path | None = None, 
             raise RamdiskError(f"{tree} is no directory")
         count += add_tree(writer, str(tree))
         taken = {name for name, _ in walk(str(tree))}
+    count += add_programs(writer, programs, taken)
     if busybox is not None:
         count += add_busybox(writer, str(busybox), taken)
     writer.end()

@@ -60,6 +60,10 @@ class RandomFile(NullFile):
 MEMORY: dict[int, type[File]] = {3: NullFile, 5: ZeroFile, 7: FullFile, 8: RandomFile, 9: RandomFile}
 NODES = {b"null": (1, 3), b"zero": (1, 5), b"full": (1, 7), b"random": (1, 8), b"urandom": (1, 9), b"tty": (5, 0)}
 
+LINKS = {
+    b"fd": b"/proc/self/fd", b"stdin": b"/proc/self/fd/0", b"stdout": b"/proc/self/fd/1", b"stderr": b"/proc/self/fd/2",
+}  # fmt: skip
+
 
 def install(vfs: Vfs, console: Tty) -> None:
     """The drivers of this kernel's device numbers; ttyS0 and tty1 are the console under names that inittabs have."""
@@ -84,11 +88,14 @@ def install(vfs: Vfs, console: Tty) -> None:
 
 
 def populate(directory: Directory) -> None:
-    """The nodes of a fresh /dev; one that an archive brought stays."""
+    """The nodes and links of a fresh /dev; one that an archive brought stays."""
     for name, (major, minor) in {**NODES, b"console": (5, 1)}.items():
         if directory.lookup(name) is None:
             bits = 0o600 if name == b"console" else 0o666
             directory.create(name, stat.S_IFCHR | bits, rdev=os.makedev(major, minor))
+    for name, target in LINKS.items():
+        if directory.lookup(name) is None:
+            directory.create(name, stat.S_IFLNK | 0o777, target=target)
 
 
 def open_device(task: Any, vfs: Vfs, inode: Device, flags: int) -> File:

@@ -164,7 +164,7 @@ def load(memory: Any, inode: Any, image: Elf, base: int) -> int:
         if page_up(end) > bss:
             memory.map(bss, page_up(end) - bss, segment.prot)
         if segment.size and end > stored and stored % PAGE_SIZE and segment.prot & PROT_WRITE:
-            memory.copy_out(stored, bytes(min(end, page_up(stored)) - stored))
+            memory.copy_out(stored, bytes(page_up(stored) - stored))  # all of the page: ld.so allocates behind its end
     return end
 
 

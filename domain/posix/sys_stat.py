@@ -289,3 +289,39 @@ def sys_utimes(task: Task, path: int, times: int) -> int:
     if not (0 <= a_us < 10**6 and 0 <= m_us < 10**6):
         raise Errno(errno.EINVAL)
     return set_times(inode, a * SECOND + a_us * 1000, m * SECOND + m_us * 1000)
+
+
+# ---- extended attributes: there are none
+
+
+NO_ATTRIBUTES = "no file has any: EOPNOTSUPP, as of a file system without them"
+
+
+@syscall(191, "none", NO_ATTRIBUTES)
+def sys_getxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)
+
+
+@syscall(192, "none", NO_ATTRIBUTES)
+def sys_lgetxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)
+
+
+@syscall(193, "none", NO_ATTRIBUTES)
+def sys_fgetxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)
+
+
+@syscall(194, "none", NO_ATTRIBUTES)
+def sys_listxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)
+
+
+@syscall(195, "none", NO_ATTRIBUTES)
+def sys_llistxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)
+
+
+@syscall(196, "none", NO_ATTRIBUTES)
+def sys_flistxattr(task: Task) -> int:
+    raise Errno(errno.EOPNOTSUPP)

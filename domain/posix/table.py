@@ -23,7 +23,7 @@ MAX_ARGUMENTS = 6
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One system call. `level` full: what static programs use of it behaves as on Linux; partial: `note` says what does
+    """One system call. `level` full: what programs use of it behaves as on Linux; partial: `note` says what does
     not; none: accepted and without effect, `note` says why that is harmless."""
 
     number: int
@@ -69,7 +69,7 @@ def documentation() -> str:
     lines = [
         "# System calls of the POSIX kernel", "",
         "Made from the decorators of the handlers: `python -m domain.posix.calls >domain/posix/SYSCALLS.md`.", "",
-        f"{len(TABLE)} calls: {levels['full']} full (what static programs use of it behaves as on Linux), {levels['partial']}",
+        f"{len(TABLE)} calls: {levels['full']} full (what programs use of it behaves as on Linux), {levels['partial']}",
         f"partial (the last column says what does not), {levels['none']} none (accepted or refused, and without effect).",
         "Every other number is ENOSYS.", "", "| nr | call | level | |", "|---|---|---|---|",
     ]  # fmt: skip
