@@ -1,6 +1,7 @@
 /* What a guest kernel does below Python. Every access to memory that the hypervisor or a peer may be changing is here. */
 #define _GNU_SOURCE
 #include "guest.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <mqueue.h>
@@ -11,7 +12,6 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-#include <x86intrin.h>
 
 #include "ring.h"
 
@@ -168,31 +168,13 @@ void event_mask(void *shared_info, uint32_t port)
     atomic_fetch_or(&((struct shared_info *)shared_info)->mask[port / 64], (uint64_t)1 << port % 64);
 }
 
-/* System time, ns, from the record in shared_info under its version, without a call; the host's clock where the record says
- * that cycles are no clock here. Never less than *last, which it becomes: a new record may be some ns behind the old one. */
+/* System time, ns, without a call; the host's clock where the record says that cycles are no clock here. Never less than *last,
+ * which it becomes: the two may differ, and before the first second is over the record does not hold. */
 uint64_t system_time(void *shared_info, uint64_t boot_ns, uint64_t *last)
 {
-    const volatile char *t = (const volatile char *)shared_info + 32;
-    const _Atomic uint32_t *version = (const _Atomic uint32_t *)(const volatile void *)t;
-    uint64_t stamp, base, cycles, ns;
-    uint32_t before, mul;
-    int8_t shift;
-    uint8_t flags;
+    uint64_t ns;
 
-    do {
-        before = atomic_load_explicit(version, memory_order_acquire) & ~1u;
-        stamp = *(const volatile uint64_t *)(t + 8);
-        base = *(const volatile uint64_t *)(t + 16);
-        mul = *(const volatile uint32_t *)(t + 24);
-        shift = *(const volatile int8_t *)(t + 28);
-        flags = *(const volatile uint8_t *)(t + 29);
-        cycles = __rdtsc() - stamp;
-        atomic_thread_fence(memory_order_acquire);
-    } while (atomic_load_explicit(version, memory_order_relaxed) != before);
-    if (flags & 1) {
-        cycles = shift < 0 ? cycles >> -shift : cycles << shift;
-        ns = base + (uint64_t)((unsigned __int128)cycles * mul >> 32);
-    } else {
+    if (!clock_read(shared_info, &ns)) {
         struct timespec now;
 
         clock_gettime(CLOCK_MONOTONIC, &now);
@@ -206,18 +188,7 @@ uint64_t system_time(void *shared_info, uint64_t boot_ns, uint64_t *last)
 /* Unix time of system time 0, in ns, likewise. */
 uint64_t wall_base(void *shared_info)
 {
-    const volatile char *w = (const volatile char *)shared_info + 3072;
-    const _Atomic uint32_t *version = (const _Atomic uint32_t *)(const volatile void *)w;
-    uint32_t before, sec, nsec, high;
-
-    do {
-        before = atomic_load_explicit(version, memory_order_acquire) & ~1u;
-        sec = *(const volatile uint32_t *)(w + 4);
-        nsec = *(const volatile uint32_t *)(w + 8);
-        high = *(const volatile uint32_t *)(w + 12);
-        atomic_thread_fence(memory_order_acquire);
-    } while (atomic_load_explicit(version, memory_order_relaxed) != before);
-    return ((uint64_t)high << 32 | sec) * 1000000000u + nsec;
+    return clock_wall(shared_info);
 }
 
 void memory_copy(void *to, const void *from, uint64_t size)

@@ -1,7 +1,8 @@
 """Time: the records that guests read without a call, timers beside the one-shot one, and where a domain's time went.
 
-The rate of the cycle counter is measured against CLOCK_MONOTONIC between samples at least BASELINE_NS apart, and every record
-starts from a fresh sample: what a guest computes is off by the jitter of two samples, some tens of ns, not by a drift.
+The rate of the cycle counter is measured against CLOCK_MONOTONIC between samples at least BASELINE_NS apart, so what a guest
+computes is off by the jitter of two samples, some tens of ns, not by a drift. A new record goes on where the old one is at that
+moment, and at the rate that meets the host's clock when the next one is due: guests' time has no steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 EVERY_NS = 500_000_000  # between two records; NTP slews CLOCK_MONOTONIC by 500 ppm at most, seldom by 1
 BASELINE_NS = 1_000_000_000
 LEAST_BASELINE_NS = 5_000_000  # two samples this close say the rate to 20 ppm
+STEP_NS = 1000  # who is further behind catches up at once
 VIRTUAL_LEAST_NS = 500_000  # between two looks at a CPU clock
 
 
@@ -53,7 +55,8 @@ class Clock:
     def __init__(self, loop: Loop, boot_ns: int) -> None:
         self._loop, self._boot_ns = loop, boot_ns
         self._stable = TIME_STABLE * counter_is_clock()
-        self._old = self._new = self._sample()
+        self._since = self._sample()
+        self._rate = (0, 0)  # ns, and the cycles that they took; nobody can say yet
         self.wall_ns = time.time_ns() - (time.monotonic_ns() - boot_ns)  # Unix time of system time 0
         self._domains: dict[int, Domain] = {}
 
@@ -63,29 +66,43 @@ class Clock:
         lib.clock_sample(pair)
         return pair.tsc, pair.ns
 
+    def _look(self) -> tuple[int, int]:
+        """A sample, which also says the rate where it is the better one to do so."""
+        new = tsc, ns = self._sample()
+        baseline = ns - self._since[1]
+        if baseline >= min(BASELINE_NS, max(LEAST_BASELINE_NS, self._rate[0])):
+            self._rate = baseline, tsc - self._since[0]
+        if baseline >= 2 * BASELINE_NS:
+            self._since = new
+        return new
+
     def serve(self, domains: dict[int, Domain]) -> None:
         """From now on, write the records of these again and again."""
         self._domains = domains
         self._again()
 
     def _again(self) -> None:
-        self._new = self._sample()
         for domain in self._domains.values():
             self.tell(domain)
-        if self._new[1] - self._old[1] >= 2 * BASELINE_NS:
-            self._old = self._sample()
-        self._loop.at(self._new[1] + EVERY_NS, self._again)
+        self._loop.at(time.monotonic_ns() + EVERY_NS, self._again)
 
     def tell(self, domain: Domain) -> None:
         """Its records, if it has a shared_info."""
         if not domain.shared_info:
             return
-        new = self._sample()
-        if new[1] - self._old[1] < LEAST_BASELINE_NS:  # nobody can say the rate yet
-            stable, (mul, shift) = 0, (0, 0)
+        tsc, ns = self._look()
+        now, line = ns - self._boot_ns, domain.time
+        ahead = lib.clock_at(line, tsc) - now
+        if not self._rate[0]:
+            line.tsc, line.ns, mul, shift = tsc, now, 0, 0
         else:
-            stable, (mul, shift) = self._stable, scale(new[1] - self._old[1], new[0] - self._old[0])
-        lib.clock_tell(domain.shared_info, new[0], new[1] - self._boot_ns, mul, shift, stable)
+            if not line.mul or ahead < -STEP_NS:
+                line.tsc, line.ns, ahead = tsc, now, 0
+                line.mul, line.shift = scale(*self._rate)
+            ahead = min(ahead, EVERY_NS // 2)
+            mul, shift = scale(self._rate[0] * (EVERY_NS - ahead) // EVERY_NS, self._rate[1])
+            line.stable = self._stable
+        lib.clock_tell(domain.shared_info, line, mul, shift)
         lib.clock_tell_wall(domain.shared_info, self.wall_ns // 10**9, self.wall_ns % 10**9)
 
 

@@ -152,6 +152,7 @@ class Domain:
         self.ports: dict[int, Any] = {}  # the open ones: port -> struct evt_port of `evt`
         self.virqs: dict[int, int] = {}
         self.timers: dict[str, Timer] = {}  # "once", "periodic", "virtual"
+        self.time: Any = ffi.new("struct clock_line *")  # what its time record says, where it cannot write it
         self.blocked: Resume | None = None
         self.polled: tuple[Resume, tuple[int, ...]] | None = None
         # grants: what it maps of others, what others map of it

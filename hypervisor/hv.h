@@ -156,7 +156,14 @@ struct clock_pair {
     uint64_t tsc, ns;
 };
 void clock_sample(struct clock_pair *out);
-void clock_tell(void *shared_info, uint64_t tsc, uint64_t system_time, uint32_t mul, int8_t shift, uint32_t stable);
+struct clock_line { /* ns + (((the counter - tsc) << shift) * mul >> 32) */
+    uint64_t tsc, ns;
+    uint32_t mul;
+    int8_t shift;
+    uint8_t stable;
+};
+uint64_t clock_at(const struct clock_line *line, uint64_t tsc);
+void clock_tell(void *shared_info, struct clock_line *line, uint32_t mul, int8_t shift);
 void clock_tell_wall(void *shared_info, uint64_t sec, uint32_t nsec);
 void scrub(void *at, uint64_t bytes);
 void copy_page(void *to, const void *from);

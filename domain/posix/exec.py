@@ -27,7 +27,7 @@ MAX_SEGMENTS, MAX_SCRIPTS, MAX_LINE = 128, 4, 256
 ARGUMENT_BYTES = 1 << 20  # of arguments and environment together
 (AT_PHDR, AT_PHENT, AT_PHNUM, AT_PAGESZ, AT_BASE, AT_FLAGS, AT_ENTRY) = (3, 4, 5, 6, 7, 8, 9)
 (AT_UID, AT_EUID, AT_GID, AT_EGID, AT_PLATFORM, AT_HWCAP, AT_CLKTCK) = (11, 12, 13, 14, 15, 16, 17)
-(AT_SECURE, AT_RANDOM, AT_HWCAP2, AT_EXECFN, AT_MINSIGSTKSZ) = (23, 25, 26, 31, 51)
+(AT_SECURE, AT_RANDOM, AT_HWCAP2, AT_EXECFN, AT_SYSINFO_EHDR, AT_MINSIGSTKSZ) = (23, 25, 26, 31, 33, 51)
 HWCAP = 0x178B_FBFF  # cpuid 1 edx: what every x86-64 processor has
 TICKS, SIGNAL_STACK = 100, 3632
 
@@ -107,13 +107,12 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
     memory.map(STACK_TOP - STACK_BYTES, STACK_BYTES, PROT_READ | PROT_WRITE, around=8)
     holders = (s for s in image.segments if s.offset <= image.headers < s.offset + s.size)
     headers = next((s.address + image.headers - s.offset for s in holders), 0)
-    stack = _stack(
-        task, arguments, environment, path,
-        {
-            AT_PHDR: base + headers, AT_PHENT: PHDR.size, AT_PHNUM: image.count, AT_BASE: loader_base,
-            AT_ENTRY: base + image.entry,
-        },
-    )  # fmt: skip
+    auxiliary = {
+        AT_PHDR: base + headers, AT_PHENT: PHDR.size, AT_PHNUM: image.count, AT_BASE: loader_base, AT_ENTRY: base + image.entry,
+    }  # fmt: skip
+    if task.system.vdso is not None:
+        auxiliary[AT_SYSINFO_EHDR] = task.system.vdso.map(memory)
+    stack = _stack(task, arguments, environment, path, auxiliary)
     task.registers[0 : r.COUNT] = array("Q", r.start(entry, stack))
     task.set_fpu_state(b"")
     process = task.process

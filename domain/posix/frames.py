@@ -126,6 +126,11 @@ class PageCache:
             pages[index] = pfn
         return pfn
 
+    def adopt(self, inode: Inode, pfn: int) -> None:
+        """The file's one page is this frame, for good: one reference of it is nobody's, so it is neither free nor anybody's own."""
+        self._frames.references[pfn] = 2
+        self._files[inode] = inode.generation, {0: pfn}
+
     def written(self, inode: Inode) -> None:
         """What a shared mapping changed was given to the file: its pages are as the file is."""
         if inode in self._files:

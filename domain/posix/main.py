@@ -19,8 +19,9 @@ from domain.posix.space import Space
 from domain.posix.termios import ECHO, OPOST
 from domain.posix.tty import Tty
 from domain.posix.userspace import UserSpace
+from domain.posix.vdso import Vdso
 from hypervisor.public.errors import XenError
-from hypervisor.public.layout import KERNEL_PFN, KERNEL_WINDOW, VIRT_BASE
+from hypervisor.public.layout import KERNEL_PFN, KERNEL_WINDOW, SHARED_INFO_PFN, VIRT_BASE
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ HIGH_WATER = 16 << 10  # bytes that wait for whoever reads the console, before p
 async def main(kernel: Kernel) -> int:
     """Boot, run the first program; its exit code, 128 + N for one that signal N ended."""
     system = System(kernel, Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE), lambda: new_space(kernel))
+    system.vdso = Vdso(system.cache, SHARED_INFO_PFN)
     try:
         arguments = [os.fsencode(word) for word in shlex.split(kernel.cmdline)] or [b"/bin/sh"]
         context = boot.mount(system, _archive(kernel))

@@ -227,5 +227,7 @@ def maps(process: Any) -> bytes:
         bits = bytes(letter if vma.prot >> bit & 1 else 45 for bit, letter in enumerate(b"rwx"))
         number = vma.file.number if vma.file is not None else 0
         shared = b"s" if vma.shared else b"p"
-        lines.append(b"%08x-%08x %s%s %08x 00:00 %d\n" % (vma.start, vma.end, bits, shared, vma.offset, number))
+        line = b"%08x-%08x %s%s %08x 00:00 %d" % (vma.start, vma.end, bits, shared, vma.offset, number)
+        label = getattr(vma.file, "label", b"")  # of those that have no name among files
+        lines.append(line.ljust(73) + label + b"\n" if label else line + b"\n")
     return b"".join(lines)

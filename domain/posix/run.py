@@ -27,6 +27,7 @@ from hypervisor.public.traps import PF_FETCH, PF_WRITE
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
+    from domain.posix.vdso import Vdso
 
 SLICE_NS = 10_000_000
 EXCEPTIONS = {  # vector: signal, si_code (arch/x86/kernel/traps.c)
@@ -52,6 +53,7 @@ class System:
         self.init_is_mortal = True  # `ring1 run -- PROGRAM`: pid 1 is an ordinary program
         self.root: Any = None
         self.console: Any = None
+        self.vdso: Vdso | None = None
         self.hostname = kernel.name.encode() if kernel.name else b"ring1"
         self.stopping: Callable[[], bool] = lambda: False
         self.yielding = False  # sched_yield was called

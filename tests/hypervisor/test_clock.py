@@ -156,14 +156,15 @@ def test_a_reader_never_mixes_two_records(torn: bool) -> None:
 
 def keep_writing(page: Any, records: list[tuple[int, int]], mul: int, torn: bool) -> None:
     words = ffi.cast("uint64_t *", page) + 4
-    lib.clock_tell(page, *records[0], mul, 0, 1)
+    lines = [ffi.new("struct clock_line *", (stamp, base, mul, 0, 1)) for stamp, base in records]
+    lib.clock_tell(page, lines[0], 0, 0)
     while True:
-        for stamp, base in records:
+        for line in lines:
             if torn:
-                words[1] = stamp
-                words[2] = base
+                words[1] = line.tsc
+                words[2] = line.ns
             else:
-                lib.clock_tell(page, stamp, base, mul, 0, 1)
+                lib.clock_tell(page, line, 0, 0)
 
 
 # ---- wall clock

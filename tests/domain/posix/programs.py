@@ -14,6 +14,12 @@ from domain import sched
 from domain.posix import boot
 from domain.posix.frames import Frames
 from domain.posix.run import System
+from domain.posix.vdso import Vdso
+from hypervisor._hv import ffi as hv
+from hypervisor.clock import LEAST_BASELINE_NS, Clock
+from hypervisor.domain import Domain
+from hypervisor.loop import Loop
+from hypervisor.public.domctl import CreateFlags
 from tests.domain.posix.traced import Machine, Traced
 
 BUSYBOX = "/bin/busybox"
@@ -37,7 +43,21 @@ class Result(SimpleNamespace):
     system: Any
 
 
-def run(arguments: list[str], disk: bytes, pages: int = 16384, seconds: float = 20.0, keys: bytes = b"") -> Result:
+def time_record(address: int) -> None:
+    """As the hypervisor writes it: CLOCK_MONOTONIC is system time here."""
+    domain = Domain(1, "guest", CreateFlags.NONE)
+    domain.evt.shared_info = hv.cast("void *", address)
+    clock = Clock(Loop(), 0)
+    end = time.monotonic_ns() + LEAST_BASELINE_NS
+    while time.monotonic_ns() < end:
+        pass
+    clock.tell(domain)
+
+
+def run(
+    arguments: list[str], disk: bytes, pages: int = 16384, seconds: float = 20.0, keys: bytes = b"", clock: bool = False
+) -> Result:
+    """`clock`: programs have the vDSO."""
     machine = Machine(pages)
     spaces: list[Traced] = []
     output = bytearray()
@@ -54,6 +74,10 @@ def run(arguments: list[str], disk: bytes, pages: int = 16384, seconds: float = 
     )  # fmt: skip
     try:
         system = System(kernel, Frames(machine, machine.base), new_space)
+        if clock:
+            record = machine.alloc()
+            time_record(record.address)
+            system.vdso = Vdso(system.cache, record.pfn)
         context = boot.mount(system, disk)
         tty = boot.attach(system, context, output.extend)
         init = boot.first(system, context, [argument.encode() for argument in arguments])
