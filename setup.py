@@ -1,4 +1,4 @@
-"""The C modules, and the library that a kernel maps into programs; everything else about the distribution is in pyproject.toml."""
+"""The C modules, and the library that a kernel maps into programs; all else about the distribution is in pyproject.toml."""
 
 import runpy
 from pathlib import Path

@@ -14,6 +14,7 @@ from dom0 import balloon, config, cpus, firewall
 from dom0.toolstack import Toolstack, ToolstackError, row
 from domain.sched import TimeoutExpired, timeout
 from domain.store import StoreError
+from hypervisor.public.clock import SetTime
 from hypervisor.public.domctl import CreateFlags, DomainInfo, GetDomainInfo
 from hypervisor.public.errors import XenError
 from hypervisor.public.sched import ShutdownReason
@@ -163,6 +164,15 @@ async def host(tools: Toolstack) -> dict[str, Any]:
     facts: dict[str, Any] = tools.ask(PhysInfo)
     kib = facts["page_bytes"] >> 10
     return {**facts, "memory_kib": facts["frames_total"] * kib, "memory_free_kib": facts["frames_free"] * kib}
+
+
+@verb
+async def set_time(tools: Toolstack, seconds: int, ns: int = 0) -> None:
+    """The wall clock of every domain is Unix time `seconds` and `ns` now."""
+    try:
+        tools.kernel.call(SetTime(seconds, ns, tools.kernel.now_ns()))
+    except (XenError, OverflowError) as error:
+        raise ToolstackError(f"no such time: {error}") from None
 
 
 @verb

@@ -26,7 +26,8 @@ struct wall_clock { /* at offset 3072 */
 _Static_assert(sizeof(struct time_info) == 32 && offsetof(struct time_info, mul) == 24, "vcpu_time_info");
 _Static_assert(offsetof(struct time_info, flags) == 29 && sizeof(struct wall_clock) == 16, "flags, wall clock");
 
-/* CLOCK_MONOTONIC and the cycle counter at one moment: the pair that was read fastest of a few, of more where others ran meanwhile. */
+/* CLOCK_MONOTONIC and the cycle counter at one moment: the pair that was read fastest of a few, or of more where others ran
+ * meanwhile. */
 void clock_sample(struct clock_pair *out)
 {
     uint64_t best = UINT64_MAX;

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from hypervisor.domain import Process
 
 PRELOAD = """
-    hypervisor.public.callring hypervisor.public.console hypervisor.public.domctl hypervisor.public.evtchn
-    hypervisor.public.grant hypervisor.public.memory hypervisor.public.sched hypervisor.public.sysctl hypervisor.public.traps
-    hypervisor.public.version
+    hypervisor.public.callring hypervisor.public.clock hypervisor.public.console hypervisor.public.domctl
+    hypervisor.public.evtchn hypervisor.public.grant hypervisor.public.memory hypervisor.public.sched hypervisor.public.sysctl
+    hypervisor.public.traps hypervisor.public.version
     hypervisor.public.io.blkif hypervisor.public.io.netif hypervisor.public.io.xenbus
     domain.kernel domain.callring domain.console domain.store domain.xenbus domain.blkfront domain.netfront domain.udp
     domain.paging domain.traps domain.user hypervisor.public.user domain.posix.main domain.posix.pagetable

@@ -127,7 +127,7 @@ class PageCache:
         return pfn
 
     def adopt(self, inode: Inode, pfn: int) -> None:
-        """The file's one page is this frame, for good: one reference of it is nobody's, so it is neither free nor anybody's own."""
+        """The file's one page is this frame, for good: one reference is nobody's, so it is never free, nor one program's."""
         self._frames.references[pfn] = 2
         self._files[inode] = inode.generation, {0: pfn}
 

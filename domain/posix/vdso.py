@@ -1,7 +1,8 @@
 """The vDSO: a page of code that every program has (vdso.c), behind the page of the domain's time record.
 
-Both are private mappings of one page whose frame everybody shares. The record's is the domain's shared_info: it is held once more
-than anybody maps it, so that no entry with it is ever writable, and who makes the page writable gets a copy, which stands still.
+Both are private mappings of one page whose frame everybody shares. The record's is the domain's shared_info: it is held once
+more than anybody maps it, so that no entry with it is ever writable, and who makes the page writable gets a copy, which stands
+still.
 """
 
 from __future__ import annotations

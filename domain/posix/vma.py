@@ -12,10 +12,11 @@ from hypervisor.public.types import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 USER_START, USER_END = 0x1_0000, HYPERVISOR_VIRT_START  # the host gives no process the first 64 KiB
-VDSO = 0x7F_F7FF_F000
+TOP = 0x7F_F800_0000
+VDSO = TOP - PAGE_SIZE
 STACK_TOP = VDSO - PAGE_SIZE  # the page between is the time record's; one table has them all
 STACK_BYTES = 8 << 20
-MMAP_TOP = STACK_TOP - STACK_BYTES - (1 << 20)  # mappings grow down from here
+MMAP_TOP = TOP - STACK_BYTES - (1 << 20)  # mappings grow down from here
 PIE_BASE = 0x55_5500_0000
 
 

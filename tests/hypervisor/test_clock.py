@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from domain import _guest
-from hypervisor import clock
+from hypervisor import clock, sched
 from hypervisor._hv import ffi, lib
 from hypervisor.clock import Clock, run_state, scale, virtual_ns
 from hypervisor.core import Hypervisor
@@ -27,6 +28,7 @@ from hypervisor.public.clock import (
 )
 from hypervisor.public.domctl import CreateFlags
 from hypervisor.public.errors import Invalid
+from hypervisor.public.sched import SetTimer
 from hypervisor.public.types import PAGE_SIZE, VIRQ_TIMER
 from tests.conftest import TIMEOUT
 from tests.models.address_space import BusyLoop
@@ -105,13 +107,43 @@ def test_a_guest_reads_the_hosts_clock(hv: Bench) -> None:
     assert sorted(errors)[len(errors) // 2] < US
 
 
-def test_time_never_runs_backwards_over_a_new_record(hv: Bench) -> None:
-    last = 0
+@pytest.mark.parametrize("steps", [False, True])
+def test_time_never_runs_backwards_over_a_new_record(hv: Bench, monkeypatch: pytest.MonkeyPatch, steps: bool) -> None:
+    """For a reader without a memory, however bad the samples are. `steps`: the seeded defect, records that begin where the
+    newest sample says, whose steps must be seen."""
+    sample, late = hv.clock._sample, itertools.cycle((0, 5 * US))
+
+    def noisy() -> tuple[int, int]:
+        tsc, ns = sample()
+        return tsc, ns + next(late)
+
+    monkeypatch.setattr(Clock, "_sample", staticmethod(noisy))
+    if steps:
+        monkeypatch.setattr(clock, "STEP_NS", -SECOND)
+    last = back = 0
     for _ in range(500):
         hv.clock.tell(hv.domain)
-        now = hv.now(hv.domain)
-        assert now >= last
-        last = now
+        for _ in range(3):
+            hv.last[0] = 0
+            now = hv.now(hv.domain)
+            back += now < last
+            last = now
+    assert (back > 0) == steps
+
+
+def test_what_a_record_is_ahead_or_behind_is_gone_with_the_next(hv: Bench) -> None:
+    """Ahead, its time goes slower for the while of a record; far behind, it catches up at once."""
+    hv.clock.tell(hv.domain)
+    line = hv.domain.time
+    line.ns += 100 * US
+    hv.clock.tell(hv.domain)
+    ns, cycles = hv.clock._rate
+    goes = lib.clock_at(line, line.tsc + clock.EVERY_NS * cycles // ns) - line.ns
+    assert abs(goes - (clock.EVERY_NS - 100 * US)) < 20 * US
+    line.ns -= 1000 * US
+    hv.clock.tell(hv.domain)
+    tsc, host = hv.clock._sample()
+    assert abs(lib.clock_at(line, tsc) - (host - hv.boot_ns)) < 20 * US
 
 
 def test_before_the_rate_is_known_the_record_says_that_it_is_no_clock() -> None:
@@ -188,6 +220,16 @@ def test_dom0_sets_the_wall_clock_of_all_and_real_time_stays(hv: Bench) -> None:
 
 
 # ---- timers
+
+
+def test_a_one_shot_timer_is_never_early(hv: Bench) -> None:
+    for ns in (1, 1000, 300_000, 2_000_000, 2_000_001):
+        hv.fired.clear()  # type: ignore[attr-defined]
+        deadline = time.monotonic_ns() - hv.boot_ns + ns
+        sched.set_timer(hv, hv.domain, SetTimer(deadline))
+        until(lambda: hv.loop.step() or fired(hv))
+        ((domid, virq, at),) = fired(hv)
+        assert (domid, virq) == (1, VIRQ_TIMER) and at - hv.boot_ns >= deadline
 
 
 def test_a_periodic_timer_ticks_and_stops(hv: Bench) -> None:

@@ -74,6 +74,20 @@ def zygote() -> None:
 
 
 @seed
+def clock_two_us_off() -> None:
+    """The hypervisor's samples of the host's clock are late."""
+    from hypervisor.clock import Clock
+
+    whole = Clock._sample
+
+    def late() -> tuple[int, int]:
+        tsc, ns = whole()
+        return tsc, ns + 2000
+
+    Clock._sample = staticmethod(late)  # type: ignore[method-assign]
+
+
+@seed
 def no_death_signal() -> None:
     """Nobody asks to die with the hypervisor."""
     from hypervisor.gate import boot

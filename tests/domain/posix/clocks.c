@@ -54,16 +54,16 @@ static int reads(long count)
     return 0;
 }
 
-/* The time, between two readings of the cycle counter. */
-static int pairs(long count)
+/* The time, between two readings of the cycle counter: `count` rows, each the best of as many ms. */
+static int pairs(long count, uint64_t ms)
 {
-    uint64_t *rows = malloc((size_t)count * 3 * sizeof *rows), last = 0;
+    uint64_t *rows = malloc((size_t)count * 3 * sizeof *rows), last = now(CLOCK_MONOTONIC);
     long backwards = 0;
 
     memset(rows, 0, (size_t)count * 3 * sizeof *rows);
     for (long i = 0; i < count; i++) {
-        uint64_t best = UINT64_MAX;
-        for (int n = 0; n < 2000; n++) { /* over some ms; the narrowest is kept */
+        uint64_t best = UINT64_MAX, end = last + ms * 1000000;
+        while (last < end) {
             uint64_t before = __rdtsc(), ns = now(CLOCK_MONOTONIC), after;
             _mm_lfence();
             after = __rdtsc();
@@ -138,8 +138,11 @@ static int attack(void)
 {
     char *code = (char *)getauxval(AT_SYSINFO_EHDR), *record = code - 4096;
     uint64_t before = now(CLOCK_MONOTONIC), after;
+    int status = status_of(store, record);
 
-    printf("store to the record %d\n", status_of(store, record));
+    printf("store to the record %d\n", status);
+    if (!status)
+        return 1; /* the next one would stop time for all */
     printf("store to the code %d\n", status_of(store, code));
     printf("run the record %d\n", status_of(execute, record));
     printf("a copy of the record %d\n", status_of(own, record));
@@ -170,7 +173,7 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "reads"))
         return reads(count);
     if (!strcmp(argv[1], "pairs"))
-        return pairs(count);
+        return pairs(count, argc > 3 ? (uint64_t)atol(argv[3]) : 1);
     if (!strcmp(argv[1], "jump"))
         return jump(count);
     if (!strcmp(argv[1], "attack"))

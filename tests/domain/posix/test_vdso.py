@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,19 @@ time goes on 1
 
 def test_who_attacks_it_dies_alone(disk: bytes) -> None:
     assert calls(disk, "attack")[0] == ATTACK
+
+
+def test_a_record_that_programs_may_write_is_seen(disk: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeded defect: a shared mapping, writable."""
+    whole = Memory.map
+
+    def map_shared(self: Memory, address: int, size: int, prot: int, *rest: Any, **options: Any) -> int:
+        shared = address == VDSO - PAGE_SIZE
+        return whole(self, address, size, prot | 2 * shared, *rest, **options | {"shared": shared})
+
+    monkeypatch.setattr(Memory, "map", map_shared)
+    monkeypatch.setattr(Memory, "write_back", lambda self, vma: None)
+    assert calls(disk, "attack")[0] == "store to the record 0\n"
 
 
 def test_proc_names_its_pages(disk: bytes) -> None:
