@@ -3,15 +3,18 @@
 A domain's virtual time goes on while it runs, the slower the more weight it has; the domains of least effective virtual time
 run. Source: Duda and Cheriton, SOSP'99; SOSP'03 section 3.3.1.
 
-    weight     its virtual time goes WEIGHT / weight as fast as its CPU clock
+    weight     its virtual time goes WEIGHT / weight as fast as its CPU clock. One that is worth more than a CPU counts for
+               what a CPU is worth: its virtual time would stay behind for ever, and it would be owed what nobody can give
     allowance  a running domain stays until it is ALLOWANCE_NS (of its own running) beyond the next one: the switch is paid for
     warp       a domain that is woken is looked at as if it were `warp` earlier, until it sleeps again or has run `warp_limit`
                so; it is not warped again within `unwarp`. It gets no more CPU for it, since what it runs is charged: it is
                ahead of its share by `warp` at most
-    cap        percent of one CPU that it gets at most, though nobody else wants it: a bucket of CAP_PERIOD_NS, refilled
+    cap        percent of one CPU that it gets at most, though nobody else wants it: a bucket of CAP_PERIOD_NS, refilled. Who
+               waits for it to fill is owed nothing for that
     demand     the part of a CPU that it would use. A domain that sleeps much leaves room: the next one is let run beside it
 
-A domain that slept gets no credit for it: on waking, its virtual time is at least that of whoever is furthest behind.
+A domain that slept gets no credit for it: on waking, its virtual time is at least that of whoever is furthest behind. Weights
+that a machine can give: Chandra et al., OSDI'00, section 2.1.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class Share:
 
     def __init__(self, params: Params | None = None) -> None:
         self.params = params or Params()
+        self.rate = self.params.weight  # what its weight counts for
         self.virtual = 0
         self.demand = 1.0
         self.warping = False
@@ -51,12 +55,13 @@ class Share:
 
     def set(self, **changes: int) -> None:
         self.params = replace(self.params, **changes)
+        self.rate = self.params.weight
         self._refilled_at = -1
 
     # ---- what it ran, and when it slept
 
     def charge(self, ran: int, now: int) -> None:
-        self.virtual += ran * WEIGHT // self.params.weight
+        self.virtual += ran * WEIGHT // self.rate
         if self.params.cap:
             self._refill(now)
             self._credit -= ran
@@ -101,6 +106,31 @@ class Share:
         self._refilled_at = now
 
 
+def settle(wanting: list[Share], nr_cpus: int, now: int) -> None:
+    """Before a choice: nobody counts for more than it can get, nor is it owed what it could not have had.
+
+    The heaviest is worth more than a CPU if its part of all weights is more than its part of all CPUs. Then it has one to itself,
+    and the rest share the others likewise.
+    """
+    order = sorted(wanting, key=lambda share: -share.params.weight)
+    rest, left = sum(share.params.weight for share in order), nr_cpus
+    heavy = 0
+    for share in order:
+        if left <= 1 or share.params.weight * left <= rest:
+            break
+        rest, left, heavy = rest - share.params.weight, left - 1, heavy + 1
+    light = order[heavy:]
+    worth = rest // left if light else min((share.params.weight for share in order), default=1)
+    for share in order[:heavy]:
+        share.rate = max(1, worth)
+    for share in light:
+        share.rate = share.params.weight
+    free = [share for share in wanting if share.within_cap(now)]
+    for share in wanting:
+        if share not in free:
+            share.catch_up(free, LAG_NS)
+
+
 def choose(
     wanting: Iterable[Share], running: dict[Share, int], cpus: dict[Share, frozenset[int]], now: int
 ) -> dict[Share, int]:
@@ -122,4 +152,4 @@ def choose(
 
 
 def _claim(share: Share, runs: bool) -> int:
-    return share.effective - (ALLOWANCE_NS * WEIGHT // share.params.weight if runs else 0)
+    return share.effective - (ALLOWANCE_NS * WEIGHT // share.rate if runs else 0)

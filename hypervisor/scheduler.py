@@ -233,6 +233,7 @@ class Scheduler:
         for seat in wanting:
             if seat.cpu < 0:
                 seat.allowed = self._affinity(seat.domain)
+        bvt.settle([seat.share for seat in wanting], len(frozenset().union(*(seat.allowed for seat in wanting))), now)
         running = {seat.share: seat.cpu for seat in wanting if seat.state is State.ON}
         chosen = bvt.choose([seat.share for seat in wanting], running, {seat.share: seat.allowed for seat in wanting}, now)
         for seat in wanting:
@@ -250,8 +251,11 @@ class Scheduler:
         seat.share.unwarp(now)
 
     def _go_on(self, seat: Seat) -> None:
+        """What it ran although it was stopped, by its monitor or before the signal came, is on its bill."""
         self._credit_stolen(seat)
-        self._begin(seat, time.monotonic_ns())
+        now, before = time.monotonic_ns(), seat.clock
+        self._begin(seat, now)
+        seat.share.charge(max(0, seat.clock - before), now)
         seat.domain.signal(signal.SIGCONT)
         seat.state, seat.settled = State.ON, False
         self.switches += 1

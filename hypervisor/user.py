@@ -274,6 +274,8 @@ def _start(hv: Hypervisor, domain: Domain, user: User) -> Steps:
     yield from monitor.map([(USER_CONTROL + i * PAGE_SIZE, mfn, rw) for i, mfn in enumerate(user.control)])
     user.started = True
     _listen(hv, user)
+    if domain.stopped_ns or domain.paused_ns:  # since it asked
+        user.process.signal(signal.SIGSTOP)
     user.fault_socket.send(b"go")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,7 @@ class Machine:
                     self.awake.remove(share)
                     share.unwarp(self.now)
             places = dict.fromkeys(self.shares, self.cpus)
+            bvt.settle(list(self.awake), len(self.cpus), self.now)
             self.running = choose(self.awake, {s: c for s, c in self.running.items() if s in self.awake}, places, self.now)
             self.now += TICK
             allowed = [share for share in self.awake if share.within_cap(self.now)]
@@ -79,6 +81,51 @@ def test_a_cap_is_what_it_gets_though_nobody_else_is_there(cap: int) -> None:
     machine.run(20 * SECOND)
     (ran,) = machine.ran.values()
     assert abs(ran - machine.now * cap // 100) <= CAP_PERIOD_NS + TICK
+
+
+def ideal(weights: list[int], nr_cpus: int) -> list[Fraction]:
+    """Parts of a CPU: as water finds its level, nobody above one."""
+    parts = [Fraction(0)] * len(weights)
+    left, rest = Fraction(nr_cpus), set(range(len(weights)))
+    while rest:
+        level = left / sum(weights[i] for i in rest)
+        full = {i for i in rest if weights[i] * level >= 1}
+        for i in full or rest:
+            parts[i] = min(Fraction(1), weights[i] * level)
+        left, rest = left - len(full), rest - (full or rest)
+    return parts
+
+
+@given(st.lists(st.integers(100, 65_535), min_size=1, max_size=8), st.integers(1, 4))
+def test_nobody_counts_for_more_than_a_cpu(weights: list[int], nr_cpus: int) -> None:
+    """And all others for what they did: rates are as the shares that can be given."""
+    made = shares(*weights)
+    bvt.settle(made, nr_cpus, 0)
+    wanted = ideal(weights, min(nr_cpus, len(weights)))
+    for share, part in zip(made, wanted, strict=True):
+        assert abs(share.rate / sum(s.rate for s in made) - float(part / sum(wanted))) < 0.01
+        assert part == 1 or share.rate == share.params.weight
+
+
+def test_a_weight_that_nobody_can_give_owes_nobody_anything() -> None:
+    """On two CPUs it has one, two others share the other one, and a newcomer waits for no longer than they do."""
+    heavy, *light, newcomer = shares(65_535, 256, 256, 256)
+    machine = Machine([heavy, *light, newcomer], 2, {newcomer: lambda now: now >= 4 * SECOND})
+    machine.run(4 * SECOND)
+    assert machine.ran[heavy] == pytest.approx(4 * SECOND, rel=0.03)
+    before = dict(machine.ran)
+    machine.run(3 * SECOND)
+    assert all(machine.ran[one] - before[one] == pytest.approx(SECOND, rel=0.06) for one in (*light, newcomer))
+
+
+def test_who_waits_for_its_cap_is_no_measure_for_others() -> None:
+    """One that may have a twentieth falls behind in virtual time; whoever slept meanwhile begins where the busy ones are."""
+    capped, busy, sleeper = Share(Params(cap=5)), Share(), Share(Params(warp_us=0))
+    machine = Machine([capped, busy, sleeper], wants={sleeper: lambda now: now >= 10 * SECOND})
+    machine.run(10 * SECOND)
+    before = machine.ran[busy]
+    machine.run(SECOND)
+    assert machine.ran[busy] - before > 0.4 * SECOND
 
 
 def test_what_a_capped_one_may_not_have_the_others_get() -> None:
@@ -185,6 +232,7 @@ DEFECTS = {
     "weights do not count": (Share, "charge", lambda self, ran, now: setattr(self, "virtual", self.virtual + ran)),
     "sleeping is credit": (Share, "wake", lambda self, now, others: None),
     "caps do not hold": (Share, "within_cap", lambda self, now: True),
+    "more than a CPU counts": (bvt, "settle", lambda wanting, nr_cpus, now: None),
     "no allowance": (bvt, "_claim", lambda share, runs: -share.virtual),
 }
 
@@ -200,6 +248,8 @@ def test_a_seeded_defect_is_found(seeded: str) -> None:
         test_what_a_capped_one_may_not_have_the_others_get,
         test_who_slept_gets_no_credit_for_it,
         test_a_warped_one_runs_at_once_when_it_is_woken,
+        test_a_weight_that_nobody_can_give_owes_nobody_anything,
+        test_who_waits_for_its_cap_is_no_measure_for_others,
         _three_to_one,
     ]
     found = 0

@@ -6,11 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from hypervisor.gate._gate import ffi, lib
 from hypervisor.public.user import USER_GATE
-from tests.system.machine import Guest, Machine, machine
+from tests.system.machine import Guest, Machine, machine, until
 
 LAB = """
     from domain import user
@@ -322,3 +323,23 @@ def test_a_domain_that_dies_takes_its_programs_along(host: Machine, lab: Guest) 
     lab.do(f'global keep\nkeep = [Program("{GETPID}") for _ in range(5)]\nfor p in keep: p.run()')
     assert lab.row()["state"] != "dead"
     lab.destroy()
+
+
+def test_a_program_that_is_born_while_its_domain_is_paused_waits_too(host: Machine, lab: Guest) -> None:
+    """Its zygote is held up until the pause. Its kernel has given it the turn before, and so could whoever shares the cell."""
+    processes = [psutil.Process(pid) for pid in host.ask("ledger")["processes"]]
+    spaces = next(process for process in processes if process.cmdline() == ["ring1/spaces"])
+    before = host.ask("ledger")["descriptors"]
+    spaces.suspend()
+    try:
+        lab.begin(f'global p\np = Program("{GETPID}")\nreturn p.run(), p.user.number')
+        assert until(lambda: host.ask("ledger")["descriptors"] > before), "it has asked"
+        host.ask("pause", name=lab.name)
+    finally:
+        spaces.resume()
+    assert until(lambda: len(host.ask("ledger")["processes"]) == len(processes) + 2)
+    born = [psutil.Process(pid) for pid in host.ask("ledger")["processes"] if pid not in {p.pid for p in processes}]
+    assert until(lambda: any(process.status() == psutil.STATUS_STOPPED for process in born))
+    host.ask("unpause", name=lab.name)
+    assert lab.answer() == [0, 39]
+    lab.do("p.end()")
