@@ -109,8 +109,8 @@ class Share:
 def settle(wanting: list[Share], nr_cpus: int, now: int) -> None:
     """Before a choice: nobody counts for more than it can get, nor is it owed what it could not have had.
 
-    The heaviest is worth more than a CPU if its part of all weights is more than its part of all CPUs. Then it has one to itself,
-    and the rest share the others likewise.
+    The heaviest is worth more than a CPU if its part of all weights is more than a CPU's part of all CPUs. Then it has one to
+    itself, and the rest share the others likewise.
     """
     order = sorted(wanting, key=lambda share: -share.params.weight)
     rest, left = sum(share.params.weight for share in order), nr_cpus

@@ -32,7 +32,7 @@ from hypervisor import (
     user,
     version,
 )  # fmt: skip
-from hypervisor._hv import ffi
+from hypervisor._hv import ffi, lib
 from hypervisor.budget import Demand, Gate
 from hypervisor.callring import BusyRings
 from hypervisor.domain import DOM0, Domain
@@ -70,6 +70,7 @@ MODULES = [  # who serves calls
     version,
 ]  # fmt: skip
 DOM0_FRAMES = 2048
+SLICE_NS = 100_000  # of the host's scheduler, for us: the shortest that it gives
 UID_BASE = 900_000  # as root, domain N runs as uid UID_BASE + N
 
 
@@ -147,6 +148,7 @@ class Hypervisor:
         """Until dom0 shuts the machine down or dies; returns why."""
         self.host.drop_privileges()
         self.users.start()
+        lib.short_slices(SLICE_NS)
         self.clock.serve(self.domains)
         while not self._stopped:
             self.loop.step()

@@ -168,6 +168,7 @@ void clock_tell_wall(void *shared_info, uint64_t sec, uint32_t nsec);
 void scrub(void *at, uint64_t bytes);
 void copy_page(void *to, const void *from);
 int32_t current_cpu(void);
+int32_t short_slices(int64_t ns);
 void cell_dead(void *cell);
 /* cdef end */
 

@@ -115,3 +115,36 @@ def test_nobody_else_writes_the_m2p() -> None:
 def test_a_machine_that_is_too_large_for_its_m2p_is_an_error() -> None:
     with pytest.raises(MemoryError, match="at most 8126464"):
         M2P(M2P_BYTES // 8 + 1)
+
+
+# ---- where we run
+
+
+SLICES = """
+import ctypes, os, struct
+from hypervisor._hv import lib
+
+def slice_ns():
+    attributes = ctypes.create_string_buffer(56)
+    assert ctypes.CDLL(None).syscall(315, 0, attributes, 56, 0) == 0  # sched_getattr
+    return struct.unpack_from("<Q", attributes.raw, 24)[0]
+
+before = slice_ns()
+assert lib.short_slices(123_000) == 0
+read, write = os.pipe()
+if not os.fork():
+    os.write(write, struct.pack("<Q", slice_ns()))
+    os._exit(0)
+os.wait()
+print(before, slice_ns(), *struct.unpack("<Q", os.read(read, 8)), os.sched_getscheduler(0), os.nice(0))
+"""
+
+
+def test_short_slices_are_ours_alone() -> None:
+    """The same policy and niceness, and children begin as they would without."""
+    done = subprocess.run([sys.executable, "-c", SLICES], capture_output=True, text=True, check=True, timeout=TIMEOUT)
+    before, ours, childs, policy, nice = map(int, done.stdout.split())
+    if not before:
+        pytest.skip("before Linux 6.12 nobody has slices of his own")
+    assert ours == 123_000 and childs == before and nice == os.nice(0)
+    assert policy & ~0x4000_0000 == os.SCHED_OTHER
