@@ -299,9 +299,11 @@ class Scheduler:
 
     def _pin(self, seat: Seat, cpu: int) -> None:
         """To one CPU, or -1: to all that it may use."""
-        if cpu == seat.cpu or len(seat.allowed) == 1:
+        if cpu == seat.cpu:
             return
         seat.cpu, domain = cpu, seat.domain
+        if len(seat.allowed) == 1:
+            return
         if domain.home < 0:
             _move(seat.process.pid, frozenset((cpu,)) if cpu >= 0 else seat.allowed)
         elif cpu >= 0 and cpu != domain.home:
