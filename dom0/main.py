@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dom0 import clock
 from dom0.control import ControlServer
 from dom0.toolstack import Toolstack
 
@@ -18,4 +19,5 @@ async def main(kernel: Kernel) -> None:
     state = Path(dict(word.split("=", 1) for word in shlex.split(kernel.cmdline))["state"])
     toolstack = Toolstack(kernel, state)
     await toolstack.start()
+    kernel.spawn(clock.follow(kernel, clock.watch()), name="wall clock")
     await ControlServer(kernel, toolstack, state).serve()

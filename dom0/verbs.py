@@ -10,11 +10,10 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from dom0 import balloon, config, cpus, firewall
+from dom0 import balloon, clock, config, cpus, firewall
 from dom0.toolstack import Toolstack, ToolstackError, row
 from domain.sched import TimeoutExpired, timeout
 from domain.store import StoreError
-from hypervisor.public.clock import SetTime
 from hypervisor.public.domctl import CreateFlags, DomainInfo, GetDomainInfo
 from hypervisor.public.errors import XenError
 from hypervisor.public.sched import ShutdownReason
@@ -168,9 +167,9 @@ async def host(tools: Toolstack) -> dict[str, Any]:
 
 @verb
 async def set_time(tools: Toolstack, seconds: int, ns: int = 0) -> None:
-    """The wall clock of every domain is Unix time `seconds` and `ns` now."""
+    """The wall clock of every domain is Unix time `seconds` and `ns` now, until the host's is set."""
     try:
-        tools.kernel.call(SetTime(seconds, ns, tools.kernel.now_ns()))
+        clock.set_wall(tools.kernel, seconds * clock.SECOND + ns)
     except (XenError, OverflowError) as error:
         raise ToolstackError(f"no such time: {error}") from None
 
