@@ -1,14 +1,17 @@
 """The CPU: time (rows t), exceptions (x) and the scheduler (s), against what the host's own kernel does.
 
-t1 a read of system time, no call; t2 how late a timer is on an idle machine; x1 an exception, its handler, and back. The rows
-s have everything on one host CPU: s1 weights 3 to 1; s2 a cap of 30 percent; s3 ten equal domains, and s4 what that costs; s5
-how late a sleeper runs beside busy domains, with warp and without. A share is off by so many percent of what it should be.
+t1 a read of system time, no call; t2 how late a timer is on an idle machine; t3 a program's clock_gettime; x1 an exception, its
+handler, and back. The rows s have everything on one host CPU: s1 weights 3 to 1; s2 a cap of 30 percent; s3 ten equal domains,
+and s4 what that costs; s5 how late a sleeper runs beside busy domains, with warp and without. A share is off by so many percent
+of what it should be.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +19,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dom0 import ramdisk
 from scripts.benchmarks.guest import BATCH, DOZE_NS, NAP_NS
-from scripts.benchmarks.harness import BUILD, Row, compiled, cpus, hog, result, start
+from scripts.benchmarks.harness import BUILD, ROOT, Row, compiled, cpus, hog, result, start
 from scripts.benchmarks.host import Guest, host
 from tests.native.build import build
 
@@ -131,6 +135,30 @@ def exception_of_the_host() -> float:
     return float(result(*start(lambda: lib.host_exception(100_000), cpus()[0]))) / 1e3
 
 
+@cache
+def clocks() -> tuple[Path, Path]:
+    """A static program of Linux that reads clocks, and a root with it."""
+    tree, root = BUILD / "clocks", BUILD / "clocks.cpio"
+    tree.mkdir(parents=True, exist_ok=True)
+    program = tree / "clocks"
+    subprocess.run(["gcc", "-O2", "-static", str(ROOT / "tests/domain/posix/clocks.c"), "-o", str(program)], check=True)
+    with root.open("wb") as out:
+        ramdisk.build(out, tree)
+    return program, root
+
+
+def program_clock(count: int) -> float:
+    """ns."""
+    guest = host().guest(f"/clocks cost {count}", cpus()[0], clocks()[1], memory=8)
+    host().connection.ask("unpause", name=guest.name)
+    return float(guest.said()["ns"])
+
+
+def program_clock_of_the_host(count: int) -> float:
+    done = subprocess.run([clocks()[0], "cost", str(count)], capture_output=True, check=True)
+    return float(json.loads(done.stdout)["ns"])
+
+
 def alone(what: str, count: int, figure: str) -> float:
     """ns, of a domain that has a CPU to itself."""
     one, other = cpus()
@@ -207,6 +235,8 @@ def rows(quick: bool) -> list[Row]:
             lambda: max(1.0, alone("nap", 6 * count, "p99")) / 1e3,
             partial(naps, 6 * count, NAP_NS, 0, lambda ns: p99(ns) / 1e3),
             "a bare process's time.sleep", gate=2000, absolute=True),
+        Row("t3", "a clock read by a program of Linux", "ns", "less", partial(program_clock, 1_000_000),
+            partial(program_clock_of_the_host, 1_000_000), "the same program on the host"),
         Row("x1", "a breakpoint, the guest's handler, and back", "us", "less", exception, exception_of_the_host,
             "a SIGTRAP handler of a bare process"),
         Row("s1", "weights 3 to 1", "% off", "less", partial(shares, three, short), partial(processes, [0, 5], short / 2),

@@ -164,6 +164,17 @@ static int others(void)
     return 0;
 }
 
+/* ns a read, the loop among them. */
+static int cost(long count)
+{
+    uint64_t begin = now(CLOCK_MONOTONIC), end = begin;
+
+    for (long i = 0; i < count; i++)
+        end = now(CLOCK_MONOTONIC);
+    printf("{\"ns\": %.2f}\n", (double)(end - begin) / (double)count);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     long count = argc > 2 ? atol(argv[2]) : 0;
@@ -178,6 +189,8 @@ int main(int argc, char **argv)
         return jump(count);
     if (!strcmp(argv[1], "attack"))
         return attack();
+    if (!strcmp(argv[1], "cost"))
+        return cost(count);
     if (!strcmp(argv[1], "others"))
         return others();
     return 1;
