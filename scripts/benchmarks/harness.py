@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Row:
     what: str
     unit: str
     better: str  # "more" or "less"
-    ours: Measure
+    ours: Measure | Absent  # absent: the row says so, and no gate is judged
     limit: Measure
     limit_is: str
     peers: dict[str, Measure | Absent] = field(default_factory=dict)
@@ -181,49 +181,57 @@ def compiled(source: Path, sources: Sequence[Path], include: Path) -> tuple[Any,
 
 
 def run(rows: Sequence[Row], rounds: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every row's results. In each round all that belongs to a row runs one after the other, from another one each time."""
+    """Every row's results. In each round all that belongs to a row runs one after the other, from another one each time. A peer
+    that fails is absent from then on."""
     values: dict[str, dict[str, list[float]]] = {row.id: {} for row in rows}
+    rows = list(rows)
     for turn in range(rounds):
-        for row in rows:
+        for at, row in enumerate(rows):
             note(f"round {turn + 1} of {rounds}: {row.id} {row.what}")
             measures = list(_measures(row).items())
             for name, measure in [*measures[turn % len(measures) :], *measures[: turn % len(measures)]]:
-                values[row.id].setdefault(name, []).append(measure())
+                try:
+                    values[row.id].setdefault(name, []).append(measure())
+                except Failed as error:
+                    if name not in row.peers:
+                        raise
+                    rows[at] = replace(rows[at], peers={**rows[at].peers, name: str(error)})
     note("")
     return [report(row, values[row.id]) for row in rows]
 
 
 def _measures(row: Row) -> dict[str, Measure]:
-    peers = {name: peer for name, peer in row.peers.items() if not isinstance(peer, str)}
-    return {"ours": row.ours, "limit": row.limit, **peers}
+    every = {"ours": row.ours, "limit": row.limit, **row.peers}
+    return {name: measure for name, measure in every.items() if not isinstance(measure, str)}
 
 
 def report(row: Row, values: dict[str, list[float]]) -> dict[str, Any]:
     """The row as the JSON document has it. Ratios are ours / theirs, in the row's unit; the peer is the best one.
 
-    A row holds when its own gate and those of its peers do; None: it has none.
+    A row holds when its own gate and those of its peers do; None: it has none, or ours is absent.
     """
-    ours = values["ours"]
-    ratios = [a / b for a, b in zip(ours, values["limit"], strict=True)]
+    ours, absent = values.get("ours", []), row.ours if isinstance(row.ours, str) else None
+    ratios = _ratios(ours, values["limit"])
     peers = [_peer(row, name, ours, values) for name in row.peers]
     present = [peer for peer in peers if "value" in peer]
     best = sorted(present, key=lambda peer: float(peer["value"]), reverse=row.better == "more")[0] if present else {}
-    ratio = statistics.median(ratios)
-    own = _holds(row, row.gate, statistics.median(ours) if row.absolute else ratio)
+    ratio = _median(ratios)
+    own = _holds(row, row.gate, _median(ours) if row.absolute else ratio)
     held = [holds for holds in (own, *(peer["holds"] for peer in peers)) if holds is not None]
     return {
         "id": row.id,
         "what": row.what,
         "unit": row.unit,
         "better": row.better,
-        "ours": statistics.median(ours),
+        "ours": _median(ours),
+        "absent": absent,
         "limit": statistics.median(values["limit"]),
         "limit_is": row.limit_is,
         "peer": best.get("peer"),
         "peer_value": best.get("value"),
         "ratio_limit": ratio,
         "ratio_peer": best.get("ratio"),
-        "spread": spread(ratios),
+        "spread": spread(ratios) if ratios else None,
         "gate": row.gate,
         "absolute": row.absolute,
         "gate_holds": own,
@@ -237,13 +245,22 @@ def _peer(row: Row, name: str, ours: Sequence[float], values: dict[str, list[flo
     peer, gate = row.peers[name], row.peer_gates.get(name)
     if isinstance(peer, str):
         return {"peer": name, "absent": peer, "gate": gate, "holds": None}
-    against = statistics.median(a / b for a, b in zip(ours, values[name], strict=True))
+    against = _median(_ratios(ours, values[name]))
     value = statistics.median(values[name])
     return {"peer": name, "value": value, "ratio": against, "gate": gate, "holds": _holds(row, gate, against)}
 
 
-def _holds(row: Row, gate: float | None, value: float) -> bool | None:
-    return None if gate is None else value >= gate if row.better == "more" else value <= gate
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of each round; none where ours is absent."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)] if ours else []
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _holds(row: Row, gate: float | None, value: float | None) -> bool | None:
+    return None if gate is None or value is None else value >= gate if row.better == "more" else value <= gate
 
 
 def spread(values: Sequence[float]) -> float:
@@ -284,7 +301,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         best, others = row["peer"] or "-", [peer for peer in row["peers"] if peer["peer"] != row["peer"]]
         figures = [short(row[key]) for key in ("ours", "limit", "ratio_limit")]
         peer = (best, short(row["peer_value"]), short(row["ratio_peer"]))
-        lines.append((row["id"], row["what"], row["unit"], *figures, f"{row['spread']:.0%}", *peer, _gates(row)))
+        spreads = "-" if row["spread"] is None else f"{row['spread']:.0%}"
+        lines.append((row["id"], row["what"], row["unit"], *figures, spreads, *peer, row["absent"] or _gates(row)))
         for other in others:
             told = other.get("absent", short(other.get("value")))
             gate = "" if other["gate"] is None else _gate(other["gate"], other["holds"], " x peer")

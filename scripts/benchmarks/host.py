@@ -25,11 +25,11 @@ FRAMES = 16384
 class Host:
     """One host; `pid` is the hypervisor's."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: int = FRAMES) -> None:
         self._folder = tempfile.mkdtemp(prefix="ring1-bench-")
         atexit.register(self._end)
         self.state = Path(self._folder) / "state"
-        self.pid = client.up(self.state, FRAMES)
+        self.pid = client.up(self.state, frames)
         self.connection = Connection(self.state)
         self._names = 0
 
@@ -38,11 +38,11 @@ class Host:
             client.down(self.state)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def guest(self, cmdline: str, cpu: int, kernel: Path = GUEST, memory: int = 4) -> Guest:
-        """A paused domain, pinned."""
+    def guest(self, cmdline: str, cpu: int, kernel: Path = GUEST, memory: int = 4, **more: Any) -> Guest:
+        """A paused domain, pinned. more: what else its configuration says."""
         self._names += 1
         name = f"bench-{self._names}"
-        tree = {"name": name, "kernel": str(kernel), "memory": memory, "cmdline": cmdline}
+        tree = {"name": name, "kernel": str(kernel), "memory": memory, "cmdline": cmdline, **more}
         domid = self.connection.ask("create", tree=tree, paused=True)["domid"]
         pid = self.connection.ask("info", name=name)["pid"]
         os.sched_setaffinity(pid, {cpu})

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmarks import harness
+from scripts.benchmarks import harness, places
 from scripts.benchmarks.harness import Failed, Row, pair, report, run, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = (
-    "id what unit better ours limit limit_is peer peer_value ratio_limit ratio_peer spread gate absolute gate_holds holds peers"
+    "id what unit better ours absent limit limit_is peer peer_value ratio_limit ratio_peer spread "
+    "gate absolute gate_holds holds peers"
 ).split()
 
 
@@ -59,6 +60,34 @@ def test_peers_have_gates_of_their_own() -> None:
     assert judged(None, three=1) == (None, None, [None, None, None]), "one that is absent proves nothing"
     missed = table([report(replace(row("less"), peer_gates={"one": 2, "two": 1}), values)])
     assert missed.count("GATE MISSED") == 2 and "2 x peer" in missed
+
+
+def test_what_is_absent_says_why_and_is_not_judged() -> None:
+    values = {"limit": [20.0], "one": [2.0], "two": [5.0]}
+    got = report(replace(row("less", 0.5), ours="not built", peer_gates={"one": 1}), values)
+    assert list(got) == KEYS
+    assert got["absent"] == "not built"
+    assert [got[key] for key in ("ours", "ratio_limit", "ratio_peer", "spread", "gate_holds", "holds")] == [None] * 6
+    assert (got["limit"], got["peer"], got["peer_value"]) == (20.0, "one", 2.0)
+    assert "not built" in table([got])
+
+
+def test_a_peer_that_fails_is_absent_and_ours_is_an_error() -> None:
+    asked: list[str] = []
+
+    def fails(name: str) -> float:
+        asked.append(name)
+        raise Failed(f"{name} hung")
+
+    def good() -> float:
+        return 1.0
+
+    peers: dict[str, harness.Measure | str] = {"bad": partial(fails, "bad"), "good": good}
+    (got,) = run([Row("x1", "", "", "less", good, good, "", peers, peer_gates={"bad": 0.1})], 3, lambda text: None)
+    assert asked == ["bad"] and got["holds"] is None and got["peer"] == "good"
+    assert got["peers"][0] == {"peer": "bad", "absent": "bad hung", "gate": 0.1, "holds": None}
+    with pytest.raises(Failed, match="ours hung"):
+        run([Row("x1", "", "", "less", partial(fails, "ours"), good, "")], 1, lambda text: None)
 
 
 def test_spread() -> None:
@@ -111,7 +140,7 @@ def document(name: str) -> dict[str, Any]:
     assert len(set(ids)) == len(ids)
     for row in said["rows"]:
         assert list(row) == KEYS
-        assert row["ours"] > 0 and row["limit"] > 0
+        assert row["limit"] > 0 and (row["absent"] or row["ours"] > 0)
     return said
 
 
@@ -144,3 +173,31 @@ def test_rings_as_one_document() -> None:
         "multiprocessing.Queue",
         "membridge",
     }
+
+
+def test_syscalls_as_one_document() -> None:
+    said = document("syscalls")
+    rows = {row["id"]: row for row in said["rows"]}
+    assert list(rows) == ["n1", "n2", "n3", "n4", "n5-1", "n5-4k", "f1", "f2", "f3", "f4", "p1", "p2"]
+    gates = {id: row["gate"] for id, row in rows.items() if row["gate"] is not None}
+    assert gates == {"n2": 60, "n3": 1, "f1": 15, "f2": 15, "p1": 12, "p2": 4}
+    uml = {id: peer["gate"] for id, row in rows.items() for peer in row["peers"] if peer["peer"] == "User Mode Linux"}
+    assert {id: gate for id, gate in uml.items() if gate is not None} == {"n1": 0.5, "f1": 1, "f2": 1}
+    assert not any(rows[id]["absent"] for id in ("n1", "f1", "f2", "f3", "p1", "p2"))
+    ours = {peer["peer"]: peer for peer in rows["n1"]["peers"]}
+    assert all(ours[name]["value"] > 0.5 for name in ("ptrace, SYSEMU", "seccomp, user notification")), "intercepted, really"
+
+
+def test_a_place_that_is_not_there_or_ends_is_absent() -> None:
+    assert places.peer("no-such-tool-of-ring1") == "no-such-tool-of-ring1 is not installed"
+    assert "does not run here" in str(places.peer("false"))
+
+
+def test_a_place_is_believed_when_it_answers_what_it_was_asked() -> None:
+    script = "echo = ready 1; while read what n; do echo $what $n; echo = other 2; echo = $what 3.5; done"
+    place = places.Command(["sh", "-c", script])
+    assert places.begun(place) is place
+    assert [place.ask("null", 5), place.ask("other", 5), place.ask("other", 5)] == [3.5, 2.0, 3.5]
+    place.end()
+    with pytest.raises(Failed, match="it ended"):
+        place.ask("null", 5)
