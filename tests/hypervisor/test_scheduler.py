@@ -146,6 +146,30 @@ def test_it_stays_out_of_the_way(host: Host) -> None:
     assert host.scheduler._timer is None
 
 
+def test_a_kernel_lives_with_its_programs_and_weighs_less(host: Host) -> None:
+    """Else the host's scheduler lets a program wait that its kernel has woken, until that one sleeps."""
+    kernel, first, second = (host.domain(SLEEP) for _ in range(3))
+    pids = [one.process.pid for one in (kernel, first, second) if one.process]
+    for pid in pids[1:]:
+        os.sched_setaffinity(pid, os.sched_getaffinity(0))
+        host.scheduler.house(kernel, pid, [kernel])
+    assert [os.sched_getaffinity(pid) for pid in pids] == [{host.cpu}] * 3 and kernel.home == host.cpu
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) - own for pid in pids] == [scheduler.KERNEL_NICE, 0, 0]
+
+
+def test_domains_with_programs_have_cpus_of_their_own_while_there_are(host: Host) -> None:
+    host.scheduler.cpus = cpus = frozenset(os.sched_getaffinity(0))
+    domains = [host.domain(SLEEP) for _ in range(2 * len(cpus))]
+    for domain in domains:
+        assert domain.process is not None
+        os.sched_setaffinity(domain.process.pid, cpus)
+    for domain in domains:
+        assert domain.process is not None
+        host.scheduler.house(domain, domain.process.pid, domains)
+    assert sorted(domain.home for domain in domains) == sorted([*cpus] * 2)
+
+
 def test_whoever_is_exempt_is_never_stopped_unless_capped(host: Host) -> None:
     driver = host.domain(flags=CreateFlags.DRIVER)
     for _ in range(2):
