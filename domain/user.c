@@ -282,12 +282,13 @@ static int32_t run_once(struct user *u, int64_t ns)
 
     if (turn_of(u) == RING1_TURN_DEAD)
         return USER_DEAD;
-    if (upcall_unmask(u->shared_info)) {
-        upcall_mask(u->shared_info);
-        return USER_UPCALL;
-    }
     sigemptyset(&upcall);
     sigaddset(&upcall, SIGUSR2);
+    if (upcall_unmask(u->shared_info)) {
+        upcall_mask(u->shared_info);
+        sigtimedwait(&upcall, 0, &(struct timespec){0, 0}); /* said: it need not end the next wait for nothing */
+        return USER_UPCALL;
+    }
     u->upcall = 0;
     if (sigsetjmp(leave, 0)) { /* the signal is blocked again: its handler was entered, and is not returned from */
         u->upcall = 1;
@@ -297,9 +298,12 @@ static int32_t run_once(struct user *u, int64_t ns)
             upcall_mask(u->shared_info);
             return USER_DEAD;
         }
-        sigprocmask(SIG_UNBLOCK, &upcall, 0);
-        came = wait_turn(u, ns);
-        sigprocmask(SIG_BLOCK, &upcall, 0);
+        came = turn_of(u) != RING1_TURN_PROGRAM; /* on our CPU it has been on meanwhile: the wake-up was its turn */
+        if (!came) {
+            sigprocmask(SIG_UNBLOCK, &upcall, 0);
+            came = wait_turn(u, ns);
+            sigprocmask(SIG_BLOCK, &upcall, 0);
+        }
     }
     upcall_mask(u->shared_info);
     return came ? why(u) : USER_LATE;

@@ -57,12 +57,16 @@ class UserSpace:
         kernel.memory.mmu.run((MmuextCommand.NEW_USER_BASEPTR, root_mfn, address + PAGE_SIZE // 2 - KERNEL_WINDOW))
         memory.zero(address + PAGE_SIZE // 2, len(mfns))
         self._user: Any = ffi.new("struct user *", {"control": ffi.cast("char *", address), "shared_info": kernel._shared_info})
-        self.registers = memoryview(ffi.buffer(ffi.addressof(self._user, "registers"))).cast("B").cast("Q")
+        self.registers, self.words = self._view("registers"), self._view("arguments")
         if lib.user_begin(self._user, START_NS) == lib.USER_DEAD:
             self.dead = True
         self._fresh = self.fpu
         self.registers[:] = memoryview(struct.pack(f"{COUNT}Q", *(0,) * COUNT)).cast("Q")
         self.registers[CS], self.registers[SS], self.registers[EFLAGS] = USER_CS, USER_SS, 0x202
+
+    def _view(self, field: str) -> memoryview:
+        """Words of it, as they are now and will be."""
+        return memoryview(ffi.buffer(ffi.addressof(self._user, field))).cast("B").cast("Q")
 
     # ---- running
 
@@ -72,6 +76,8 @@ class UserSpace:
         if self.dead:
             return DEAD
         kind: int = lib.user_run(self._user, timeout_ns)
+        if kind == SYSCALL:
+            return kind
         if kind == lib.USER_LATE:
             kind = self._take_back()
         if kind == DEAD:
@@ -103,7 +109,7 @@ class UserSpace:
 
     @property
     def arguments(self) -> tuple[int, ...]:
-        """Of the system call: six words, by the convention of its table."""
+        """Of the system call: six words, by the convention of its table. `words` has them too, until the program runs again."""
         return tuple(self._user.arguments)
 
     @property

@@ -66,8 +66,7 @@ class UserTable:
         """All of it is in force."""
         if self._new:
             self._add_tables()
-        if len(self._queue):
-            self._queue.flush()
+        self._queue.flush()
 
     def _add_tables(self) -> None:
         """New L1s, then new L2s that name them, then the root's entries: each is good when the one above names it."""

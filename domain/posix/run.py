@@ -42,6 +42,7 @@ class System:
 
     def __init__(self, kernel: Kernel, frames: Frames, new_space: Callable[[], Space]) -> None:
         self.kernel, self.frames, self.cache = kernel, frames, PageCache(frames)
+        self.now_ns, self.wall_ns = kernel.now_ns, kernel.wall_ns
         self._new_space = new_space
         self.idle_spaces: list[Space] = []
         self.processes: dict[int, Process] = {}
@@ -63,12 +64,6 @@ class System:
         self.unknown: dict[int, int] = {}  # system calls asked for that there are not
 
     # ---- time and numbers
-
-    def now_ns(self) -> int:
-        return self.kernel.now_ns()
-
-    def wall_ns(self) -> int:
-        return self.kernel.wall_ns()
 
     def at(self, deadline_ns: int, call: Callable[[], None]) -> Any:
         return self.kernel.scheduler.at(deadline_ns, call)
@@ -230,9 +225,10 @@ class System:
 
     def _user(self, task: Task, end: int) -> None:
         """Its program runs until it blocks, its slice is over, or somebody else is due."""
-        process = task.process
+        process, scheduler = task.process, self.kernel.scheduler
         while not task.dead:
-            if task.signal_pending() or task.interrupted >= 0 or task.saved_blocked is not None:
+            pending = (task.pending.bits | process.pending.bits) & ~task.blocked  # task.signal_pending(), without the call
+            if pending or task.interrupted >= 0 or task.saved_blocked is not None:
                 signals.deliver(task)
                 if not task.alive:
                     return
@@ -246,10 +242,10 @@ class System:
                 self._out_of_memory(task)
                 return
             left = end - self.now_ns()
-            if left <= 0 or self.due():
+            if left <= 0 or scheduler.ready or scheduler.overdue():  # an event ends the run at once
                 self.ready(task)
                 return
-            kind = space.run(left if self.runnable else self._until_due(left))
+            kind = space.run(left if self.runnable else scheduler.next_timer_ns(left))
             if kind == SYSCALL:
                 self._syscall(task, space)
                 if task.generator is not None:
@@ -270,10 +266,6 @@ class System:
                     self.counters["preemptions"] += 1
                 self.ready(task)
                 return
-
-    def _until_due(self, slice_ns: int) -> int:
-        """How long a program may run that nobody else waits behind: events interrupt it, timers do not."""
-        return self.kernel.scheduler.next_timer_ns(slice_ns)
 
     # ---- traps
 

@@ -7,7 +7,7 @@ shown in it by exchanging them.
 from __future__ import annotations
 
 from array import array
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from typing import TYPE_CHECKING
 
 from domain.posix import registers as r
@@ -24,7 +24,7 @@ class Space:
     registers: MutableSequence[int]
     fpu: bytes  # b"" set: as a program starts
     number = -1  # SYSCALL: which
-    arguments: tuple[int, ...] = ()
+    arguments: Sequence[int] = ()  # until it runs again
     native = True  # an x86-64 call; False: i386's or x32's numbers, which there are none of here
     address = 0  # FAULT: where
     error = 0  # FAULT, EXCEPTION: the processor's code

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from domain import user
 from domain.posix.pagetable import UserTable
-from domain.posix.space import DEAD, Space
+from domain.posix.space import DEAD, SYSCALL, Space
 from hypervisor.public.user import CONTROL_PAGES
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class UserSpace(Space):
         self._table = UserTable(kernel)
         control = kernel.memory.alloc(CONTROL_PAGES)
         self._user = user.UserSpace(kernel, self._table.root_mfn, control.pfns)
-        self.registers = self._user.registers  # type: ignore[assignment]
+        self.registers, self.arguments = self._user.registers, self._user.words  # type: ignore[assignment]
         self.map, self.unmap = self._table.map, self._table.unmap  # type: ignore[method-assign]
         self.flush, self.clear = self._table.flush, self._table.clear  # type: ignore[method-assign]
 
@@ -34,8 +34,11 @@ class UserSpace(Space):
         self._user.fpu = state
 
     def run(self, timeout_ns: int) -> int:
-        kind, self.number = self._user.run(timeout_ns), self._user.number
-        self.arguments, self.native = self._user.arguments, self._user.native
-        self.address, self.error, self.vector = self._user.address, self._user.error, self._user.vector
-        self.dead = kind == DEAD
+        user = self._user
+        kind = user.run(timeout_ns)
+        if kind == SYSCALL:
+            self.number, self.native = user.number, user.native
+        else:
+            self.address, self.error, self.vector = user.address, user.error, user.vector
+            self.dead = kind == DEAD
         return kind
