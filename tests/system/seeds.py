@@ -6,10 +6,12 @@ are forks of the zygote) and in the hypervisor itself, before anything of the ho
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -402,3 +404,24 @@ def direct_calls_without_a_frame() -> None:
     from domain.user import UserSpace
 
     UserSpace._frame = lambda self: None  # type: ignore[method-assign]
+
+
+@seed
+def system_calls_go_astray() -> None:
+    """The host serves getpid itself; and a POSIX kernel asks the hypervisor something for each write."""
+    from domain.posix import calls
+    from hypervisor.gate import policy
+    from hypervisor.public.version import XenVersion
+
+    whole = policy.application
+    getpid = policy.NUMBER["getpid"]
+    hole = [(policy.LOAD, 0, 0, policy.NR), (policy.JUMP_EQ, 0, 1, getpid), (policy.RETURN, 0, 0, policy.ALLOW)]
+    policy.application = lambda: b"".join(struct.pack("HBBI", *i) for i in hole) + whole()
+
+    write = calls.TABLE[policy.NUMBER["write"]]
+
+    def asking(task: Any, *arguments: int) -> Any:
+        task.system.kernel.call(XenVersion())
+        return write.handler(task, *arguments)
+
+    calls.TABLE[policy.NUMBER["write"]] = dataclasses.replace(write, handler=asking)
