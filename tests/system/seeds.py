@@ -425,3 +425,12 @@ def system_calls_go_astray() -> None:
         return write.handler(task, *arguments)
 
     calls.TABLE[policy.NUMBER["write"]] = dataclasses.replace(write, handler=asking)
+
+
+@seed
+def programs_are_believed() -> None:
+    """One of the defects of user_defects.py, as a guest chooses."""
+    from tests.system import user_defects
+
+    user_defects.in_zygote()
+    user_defects.in_hypervisor()
