@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SYSCALL, FAULT, EXCEPTION, TIMEOUT, UPCALL, DEAD = range(6)  # why a program came back
 START_NS = 5_000_000_000
-AGAIN_NS, AGAIN = 50_000_000, 20  # a program that does not give the CPU back is told again, and given up
+AGAIN_NS, AGAIN = 10_000_000, 10  # a program that does not give the CPU back is told again, and given up: after 0.1 s
 USER_CS, USER_SS = 0x33, 0x2B
 CS, EFLAGS, SS = 17, 18, 20
 COUNT = 27
@@ -85,7 +85,8 @@ class UserSpace:
         return kind
 
     def _take_back(self) -> int:
-        """The hypervisor signals the program, whose gate hands over. One that has blocked the signal is dead to us."""
+        """The hypervisor signals the program, whose gate hands over. One that has blocked the signal is dead to us: it is still
+        there, and takes its share of the CPU until its space is destroyed."""
         upcall = self._user.upcall
         for _ in range(AGAIN):
             self._user.told = 1

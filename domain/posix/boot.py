@@ -66,7 +66,11 @@ def attach(system: System, context: FsContext, output: Callable[[bytes], object]
 def first(system: System, context: FsContext, arguments: list[bytes]) -> Process:
     """Process 1, its program loaded, its session the console's. Raises BootError."""
     process = Process(system, None)
-    task = Task(process, system.new_memory(), FileTable(), context)
+    try:
+        memory = system.new_memory()
+    except Errno as error:
+        raise BootError(f"no process for a program: {error.__cause__ or error}") from None
+    task = Task(process, memory, FileTable(), context)
     node: Any = existing(task, context, context.root, b"/dev/console")
     file = open_inode(task, node, os.O_RDWR)
     file.path = b"/dev/console"

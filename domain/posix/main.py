@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from domain._guest import ffi
 from domain.memory import Pages
 from domain.posix import boot
+from domain.posix.errors import Errno
 from domain.posix.frames import Frames
 from domain.posix.run import System
 from domain.posix.space import Space
@@ -51,11 +53,11 @@ async def main(kernel: Kernel) -> int:
 
 
 def new_space(kernel: Kernel) -> Space:
-    """A process for an address space, from domain/user.py. Raises MemoryError, BootError."""
+    """A process for an address space, from domain/user.py. Raises MemoryError, Errno(EAGAIN): there is none to be had."""
     try:
         return UserSpace(kernel)
     except XenError as error:
-        raise boot.BootError(f"no process for a program: {error}") from None
+        raise Errno(errno.EAGAIN) from error
 
 
 def _archive(kernel: Kernel) -> memoryview:

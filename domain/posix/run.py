@@ -110,7 +110,9 @@ class System:
         if not memory.users:
             memory.clear()
             space: Any = memory.table
-            if not space.dead:
+            if space.dead:
+                space.destroy()
+            else:
                 self.idle_spaces.append(space)
 
     def become(self, task: Task) -> None:

@@ -50,6 +50,10 @@ class Space:
         """Let the program go on, at most so long (-1: for ever); why it came back."""
         raise NotImplementedError
 
+    def destroy(self) -> None:
+        """Of an empty one: it is used no more."""
+        raise NotImplementedError
+
     def show(self, task: Task) -> None:
         self.registers[0 : r.COUNT] = array("Q", task.registers)
         self.fpu = task.fpu

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from domain import user
 from domain.posix.pagetable import UserTable
 from domain.posix.space import DEAD, SYSCALL, Space
+from hypervisor.public.errors import XenError
 from hypervisor.public.user import CONTROL_PAGES
 
 if TYPE_CHECKING:
@@ -14,16 +15,29 @@ if TYPE_CHECKING:
 
 
 class UserSpace(Space):
-    """Raises MemoryError, XenError. It is used again by another process when its own has ended."""
+    """Raises MemoryError, XenError. It is used again by another process when its own has ended, unless it is dead."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self._table = UserTable(kernel)
-        control = kernel.memory.alloc(CONTROL_PAGES)
-        self._user = user.UserSpace(kernel, self._table.root_mfn, control.pfns)
+        self._memory, self._control = kernel.memory, kernel.memory.alloc(CONTROL_PAGES)
+        try:
+            self._user = user.UserSpace(kernel, self._table.root_mfn, self._control.pfns)
+        except XenError:
+            self._release()
+            raise
         self.registers, self.arguments = self._user.registers, self._user.words  # type: ignore[assignment]
         self.map, self.unmap = self._table.map, self._table.unmap  # type: ignore[method-assign]
         self.flush, self.clear = self._table.flush, self._table.clear  # type: ignore[method-assign]
+
+    def destroy(self) -> None:
+        """End its process; what it was made of is the kernel's again."""
+        self._user.destroy()
+        self._release()
+
+    def _release(self) -> None:
+        self._table.destroy()
+        self._memory.free(self._control)
 
     @property
     def fpu(self) -> bytes:

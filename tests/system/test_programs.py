@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from dom0 import ramdisk
-from hypervisor.public.user import USER_GATE
+from hypervisor.public.user import MAX_USERS, USER_GATE
 from tests.system.machine import Machine, until
 
 BUSYBOX = Path("/bin/busybox")
@@ -138,6 +138,33 @@ def test_a_host_that_answers_a_program_is_seen(seeded: Machine, root: Path, tmp_
         assert seeded.wait("script").exit_code == 5
     assert (seeded.state / "console/script.log").read_text() != "1\n", "its number is the host's"
     assert "getpid" in {call.name for calls in calls_of(tmp_path / "trace").values() for call in not_its_own(calls)}
+
+
+# ---- address spaces that are lost, or not to be had
+
+
+def shell(host: Machine, root: Path, script: str) -> tuple[list[str], int]:
+    """The lines it printed, and its exit code."""
+    log = host.state / "console" / "shell.log"
+    before = log.stat().st_size if log.exists() else 0
+    host.create("shell", root, memory=48, cmdline=shlex.join(["sh", "-c", script]))
+    ended = host.wait("shell")
+    assert ended.reason == "poweroff", ended.reason
+    return log.read_bytes()[before:].decode().splitlines(), ended.exit_code
+
+
+def test_spaces_that_were_lost_are_made_again(host: Machine, root: Path) -> None:
+    """More of them than a domain may have at a time."""
+    lines, code = shell(host, root, f"for i in $(seq {MAX_USERS + 10}); do programs lost; echo $?; done | sort | uniq -c")
+    assert code == 0 and lines[-1].split() == [str(MAX_USERS + 10), "137"], lines[-3:]
+
+
+def test_a_fork_that_gets_no_process_is_an_error(host: Machine, root: Path) -> None:
+    lines, code = shell(host, root, "while sleep 30 & do n=$((n + 1)); done; echo no")
+    assert "can't fork" in lines[-1] and code == 2, lines
+    many = f"for i in $(seq {MAX_USERS + 9}); do sleep 30 & done"
+    lines, code = shell(host, root, f"({many}) 2>&1; kill -9 -1; sleep 0.01; seq 2")
+    assert "can't fork" in lines[-3] and lines[-2:] == ["1", "2"] and code == 0, lines[-5:]
 
 
 # ---- what the hypervisor hears: its own count

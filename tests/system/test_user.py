@@ -75,13 +75,13 @@ def test_system_calls_reach_the_kernel_and_nobody_else(lab: Guest) -> None:
     assert kinds == [0, 0] and numbers == [39] and hypercalls == 0
 
 
-def ends(lab: Guest, code: str, setup: str = "", runs: int = 1) -> list[int]:
+def ends(lab: Guest, code: str, setup: str = "", runs: int = 1, ns: int = 5_000_000_000) -> list[int]:
     """How a program of these bytes comes back, `runs` times; then another one is at work beside it, as if nothing were."""
     kinds, other = lab.do(f"""
         p = Program("{code}")
         registers = p.user.registers
         {setup}
-        kinds = [p.run() for _ in range({runs})]
+        kinds = [p.run({ns}) for _ in range({runs})]
         detail = [p.user.number, p.user.native, p.user.vector, p.user.address, p.user.error]
         q = Program("{GETPID}")
         other = [q.run(), q.user.number]
@@ -249,7 +249,7 @@ def test_a_gate_that_allows_everything_is_seen() -> None:
             p = Program("0f05")
             r = p.user.registers
             r[14], r[13], r[12], r[7], r[9], r[8], r[10], r[16] = 0x600000, 4096, 7, 0x32, (1 << 64) - 1, 0, 9, {at}
-            kind = p.run(3_000_000_000)
+            kind = p.run(300_000_000)
             p.end()
             return kind
         """)
@@ -288,7 +288,7 @@ def test_a_program_that_blocks_every_signal_is_given_up(lab: Guest) -> None:
         return kind, kind2, took
     """.replace("SIGRETURN", str(USER_GATE + gate_page().index(bytes.fromhex("b80f000000 0f05"))))
     )
-    assert out[:2] == [5, 3] and 0.5 < out[2] < 10
+    assert out[:2] == [5, 3] and 0.05 < out[2] < 5
 
 
 @pytest.mark.parametrize("what", ["frame", "turn", "all", "stack"])
@@ -299,7 +299,7 @@ def test_a_rewritten_cell_hurts_its_program_alone(lab: Guest, what: str) -> None
         "all": "48bf0000 02fc7f000000 b900800000 b0ff f3aa 0f05 ebfe",  # all of the region, then a call
         "stack": "48bc0040 02fc7f000000 0f05 ebfe",  # its stack is in the region
     }[what]
-    kinds, _ = ends(lab, code, runs=2)
+    kinds, _ = ends(lab, code, runs=2, ns=100_000_000)
     assert set(kinds) <= {0, 3, 5}
 
 

@@ -236,6 +236,8 @@ int main(int argc, char **argv)
         return forks(argc, argv);
     if (!strcmp(what, "calls"))
         return calls(atol(argv[2]));
+    if (!strcmp(what, "lost")) /* a system call of the gate's page that is not the gate's */
+        __asm__ volatile("mov $39, %%eax; jmp *%0" : : "r"(0x7ffc000005) : "rax");
     if (!strcmp(what, "wild"))
         *(volatile int *)0x7fffff0000 = 1;
     return 2;
