@@ -24,7 +24,6 @@ from hypervisor.gate.monitor import (
     PROT_WRITE,
     SYS_MMAP,
     SYS_MPROTECT,
-    Monitor,
 )
 from hypervisor.loop import Loop
 from hypervisor.public.layout import COMMAND_PAGES, KERNEL_WINDOW, NR_WINDOWS, SPACE_BYTES
@@ -38,10 +37,13 @@ ENOMEM = 12
 class AddressSpace:
     """`pages`: offset from the first window -> (mfn or ZERO, writable), what the host kernel would have mapped."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self.sock = socket.socket(fileno=os.dup(monitor.peer.fileno()))
+    base, size = KERNEL_WINDOW, NR_WINDOWS * SPACE_BYTES  # in the host's address space
+
+    def __init__(self, peer: int, command_fd: int) -> None:
+        """Of the descriptors that the hypervisor hands over."""
+        self.sock = socket.socket(fileno=os.dup(peer))
         self.sock.setblocking(False)
-        self._page = mmap.mmap(monitor.command_fd, COMMAND_PAGES * PAGE_SIZE, prot=mmap.PROT_READ)
+        self._page = mmap.mmap(command_fd, COMMAND_PAGES * PAGE_SIZE, prot=mmap.PROT_READ)
         self.pages: dict[int, tuple[int, bool]] = {}
         self.commands = 0
         self.dead = False
@@ -74,8 +76,8 @@ class AddressSpace:
         if nr == SYS_MPROTECT and size == 0:
             return
         assert nr == SYS_MMAP and flags & MAP_FIXED and size % PAGE_SIZE == 0 and offset % PAGE_SIZE == 0, (nr, flags, size)
-        first = address - KERNEL_WINDOW
-        assert first % PAGE_SIZE == 0 and first >= 0 and first + size <= NR_WINDOWS * SPACE_BYTES
+        first = address - self.base
+        assert first % PAGE_SIZE == 0 and first >= 0 and first + size <= self.size
         if flags & MAP_ANONYMOUS and prot == PROT_NONE:  # of any size: half a window at once
             gone = range(first, first + size)
             few = gone[::PAGE_SIZE] if size <= PAGE_SIZE * len(self.pages) else [va for va in self.pages if va in gone]

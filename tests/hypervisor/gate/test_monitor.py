@@ -46,7 +46,7 @@ class Bench:
         self.loop = BusyLoop()
         self.failures: list[str] = []
         self.monitor = kind(self.loop, self.failures.append)
-        self.space = AddressSpace(self.monitor)
+        self.space = AddressSpace(self.monitor.peer.fileno(), self.monitor.command_fd)
         self.monitor.handed_over()
         self.monitor.listen()
 
