@@ -32,7 +32,7 @@ _Static_assert(offsetof(struct context, fpstate) == 224, "struct sigcontext");
 enum { FP_XSTATE = 1, SIGCONTEXT_SS = 2, STRICT_RESTORE_SS = 4, SW_RESERVED = 464, XSTATE_MAGIC = 0x46505853 };
 enum { R15, R14, R13, R12, RBP, RBX, R11, R10, R9, R8, RAX, RCX, RDX, RSI, RDI, ORIG_RAX, RIP, CS, EFLAGS, RSP, SS, FS_BASE, GS_BASE };
 
-enum { FRAME_NS = 50000000, FRAME_TRIES = 20 };
+enum { FRAME_NS = 10000000, FRAME_TRIES = 10 }; /* as AGAIN_NS and AGAIN of user.py */
 enum { USER_CS = 0x33, USER_SS = 0x2B, USER_FLAGS = 0x202 };
 
 enum { TOLD_LATE = 2 }; /* of `told`: it came back by itself first, so the signal is still to come, and says nothing then */
