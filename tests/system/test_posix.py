@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dom0 import ramdisk
+from tests.domain.posix.test_run import SCRIPTS, on_the_host
 from tests.system.machine import Machine
 
 BUSYBOX = Path("/bin/busybox")
@@ -63,6 +64,21 @@ def run(host: Machine, root: Path, *words: str, memory: int = 48) -> tuple[str, 
 )  # fmt: skip
 def test_the_shell(host: Machine, root: Path, script: str, output: str, code: int) -> None:
     assert run(host, root, "sh", "-c", script) == (output, code)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_busybox_says_what_it_says_on_the_host(host: Machine, root: Path, tmp_path: Path, script: str) -> None:
+    assert run(host, root, "sh", "-c", script) == on_the_host(script, tmp_path)
+
+
+def test_a_wild_store_kills_its_program_and_no_other(host: Machine, root: Path) -> None:
+    """Whose neighbours were at work before it and are after it, and its own parent is told by which signal."""
+    script = "programs spin one & yes | head -c 40000000 | md5sum & sleep 0.1; programs wild; echo $?; wait"
+    output, code = run(host, root, "sh", "-c", script)
+    lines = output.splitlines()
+    assert code == 0 and "139" in lines and any(line.startswith("one ") for line in lines), lines
+    digest = hashlib.md5(b"y\n" * 20_000_000).hexdigest()
+    assert any(line.startswith(digest) for line in lines), lines
 
 
 def test_md5sum_is_the_hosts(host: Machine, root: Path) -> None:

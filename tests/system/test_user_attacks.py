@@ -107,7 +107,7 @@ def ask_how_many(guest: Guest) -> None:
 
 
 def ask_direct(guest: Guest) -> None:
-    """A direct call that it has not made: what the kernel wants of it in a frame it does not get, and does not wait for long."""
+    """A direct call that it has not made: what the kernel wants in a frame it does not get, and does not wait for long."""
     body = "kind = back(); at = kernel.now_ns(); p.user.fpu; return kind, p.run(), kernel.now_ns() - at < 10**9"
     assert run(guest, f"{HAND_OVER} movl $0, 4(%rbx); {NOW}", body) == [SYSCALL, DEAD, True]
 

@@ -12,6 +12,26 @@ from domain.posix.signals import CORE_DUMPED
 from tests.domain.posix import programs
 
 SOURCE = Path(__file__).with_name("programs.c")
+SCRIPTS = [  # whose output and exit code are the host's
+    "echo hello | cat | tr a-z A-Z",
+    "(echo inner; exit 3); echo $?",
+    "x=$(echo one; echo two | rev); echo \"$x\" | wc -l; echo $x",
+    "seq 300 | sort -rn | head -3",
+    "cd; mkdir d; echo text >d/f; cp d/f d/g; cat <d/g >>d/f; grep -c text d/f; wc -c d/f; ls -1 d; rm -r d; ls d 2>&1",
+    "md5sum </bin/busybox",
+    "for i in 1 2 3; do echo $i; done | while read n; do echo $((n * n)); done",
+    "sh -c 'kill -SEGV $$' 2>/dev/null; echo $?; sh -c 'kill -TERM $$' 2>/dev/null; echo $?",
+    "trap 'echo caught' USR1; kill -USR1 $$; echo after",
+    "(sleep 9 & p=$!; kill $p; wait $p; echo $?) 2>/dev/null",
+    "yes | head -1; echo ${PIPESTATUS:-none}",
+    "exit 7",
+    "cat <<X\nhere $((6*7))\nX",
+    "awk 'BEGIN { for (i = 0; i < 1000; i++) s += i; print s }'",
+    "dd if=/dev/zero bs=4k count=100 2>/dev/null | md5sum",
+    "tar cf - -C /bin busybox | gzip -1 | gunzip | tar xOf - | md5sum",
+    "nonesuch 2>/dev/null; echo $?",
+    "timeout 1 sleep 5 2>/dev/null; echo $?",
+]
 pytestmark = [
     pytest.mark.skipif(not os.path.exists(programs.BUSYBOX), reason="needs busybox-static as /bin/busybox"),
     pytest.mark.timeout(60),
@@ -38,43 +58,19 @@ def shell(script: str, disk: bytes) -> tuple[str, int]:
     return result.output.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(result.status & ~CORE_DUMPED)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "echo hello | cat | tr a-z A-Z",
-        "(echo inner; exit 3); echo $?",
-        "x=$(echo one; echo two | rev); echo \"$x\" | wc -l; echo $x",
-        "seq 300 | sort -rn | head -3",
-        "cd; mkdir d; echo text >d/f; cp d/f d/g; cat <d/g >>d/f; grep -c text d/f; wc -c d/f; ls -1 d; rm -r d; ls d 2>&1",
-        "md5sum </bin/busybox",
-        "for i in 1 2 3; do echo $i; done | while read n; do echo $((n * n)); done",
-        "sh -c 'kill -SEGV $$' 2>/dev/null; echo $?; sh -c 'kill -TERM $$' 2>/dev/null; echo $?",
-        "trap 'echo caught' USR1; kill -USR1 $$; echo after",
-        "(sleep 9 & p=$!; kill $p; wait $p; echo $?) 2>/dev/null",
-        "yes | head -1; echo ${PIPESTATUS:-none}",
-        "exit 7",
-        "cat <<X\nhere $((6*7))\nX",
-        "awk 'BEGIN { for (i = 0; i < 1000; i++) s += i; print s }'",
-        "dd if=/dev/zero bs=4k count=100 2>/dev/null | md5sum",
-        "tar cf - -C /bin busybox | gzip -1 | gunzip | tar xOf - | md5sum",
-        "nonesuch 2>/dev/null; echo $?",
-        "timeout 1 sleep 5 2>/dev/null; echo $?",
-    ],
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_busybox_says_what_it_says_on_the_host(script: str, disk: bytes, tmp_path: Path) -> None:
-    busybox = subprocess.run(
-        [programs.BUSYBOX, "sh", "-c", script], capture_output=True, check=False,
-        env={"PATH": f"{_applets(tmp_path / 'applets')}:/bin", "HOME": str(tmp_path)},
-    )  # fmt: skip
-    output, code = shell(script, disk)
-    assert output == (busybox.stdout + busybox.stderr).decode()
-    assert code == busybox.returncode
+    assert shell(script, disk) == on_the_host(script, tmp_path)
 
 
-def _applets(folder: Path) -> Path:
-    folder.mkdir()
-    subprocess.run([programs.BUSYBOX, "--install", "-s", str(folder)], check=True)
-    return folder
+def on_the_host(script: str, home: Path) -> tuple[str, int]:
+    """Output and exit code of the host's own busybox."""
+    applets = home / "applets"
+    applets.mkdir()
+    subprocess.run([programs.BUSYBOX, "--install", "-s", str(applets)], check=True)
+    environment = {"PATH": f"{applets}:/bin", "HOME": str(home)}
+    done = subprocess.run([programs.BUSYBOX, "sh", "-c", script], capture_output=True, check=False, env=environment)
+    return (done.stdout + done.stderr).decode(), done.returncode
 
 
 @pytest.mark.parametrize("what", ["threads", "handlers", "memory"])
