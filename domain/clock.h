@@ -42,7 +42,7 @@ static inline int clock_read(const void *shared_info, uint64_t *ns)
         mul = t->mul;
         shift = t->shift;
         flags = t->flags;
-        __builtin_ia32_lfence();
+        __asm__ volatile("lfence" : : : "memory");
         cycles = __builtin_ia32_rdtsc() - stamp;
     } while (CLOCK_CHANGED(t, before));
     cycles = shift < 0 ? cycles >> -shift : cycles << shift;
