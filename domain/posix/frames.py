@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Protocol
 
 from domain import memory
@@ -41,7 +42,7 @@ class Frames:
 
     def __init__(self, source: Source, base: int) -> None:
         self._source, self._base = source, base
-        self._free: list[int] = []
+        self._free: list[int] = []  # a heap: pages side by side get frames side by side, where the host needs but one mapping
         self.references: dict[int, int] = {}
         self.shrink: Callable[[], int] = lambda: 0  # gives back what can be made again; how many frames
 
@@ -61,7 +62,7 @@ class Frames:
         """A frame with one reference. Raises Errno(ENOMEM)."""
         if not self._free:
             self._more()
-        pfn = self._free.pop()
+        pfn = heappop(self._free)
         self.references[pfn] = 1
         if zeroed:
             memory.zero(self._base + pfn * PAGE_SIZE, PAGE_SIZE)
@@ -83,7 +84,7 @@ class Frames:
             self.references[pfn] = left
         else:
             del self.references[pfn]
-            self._free.append(pfn)
+            heappush(self._free, pfn)
 
     def _more(self) -> None:
         """A chunk, or a few pages, or what the cache can spare."""
@@ -94,7 +95,7 @@ class Frames:
             except MemoryError:  # none that lie together
                 nr //= 2
                 continue
-            self._free.extend(reversed(pages.pfns))
+            self._free = sorted(pages.pfns)
             return
         if not self._free and nr > 1 and self._source.nr_free > TABLE_RESERVE:
             self._free.extend(self._source.alloc(1).pfns)

@@ -91,6 +91,20 @@ def test_a_fault_fills_the_pages_around(memory: Memory) -> None:
     check(memory)
 
 
+def test_pages_side_by_side_get_frames_side_by_side_again_and_again(memory: Memory) -> None:
+    runs = set()
+    for _ in range(3):
+        memory.map(BASE, 32 * PAGE_SIZE, 3)
+        for page in (20, 3):
+            assert memory.fault(BASE + page * PAGE_SIZE, write=True) == OK
+        for first in (0, 16):
+            pfns = [memory.pages[(BASE >> 12) + first + page] >> 2 for page in range(16)]
+            assert pfns == list(range(pfns[0], pfns[0] + 16))
+            runs.add(pfns[0])
+        memory.unmap(BASE, 32 * PAGE_SIZE)
+    assert len(runs) == 2, "the same frames"
+
+
 def test_what_a_fault_comes_to(memory: Memory) -> None:
     memory.map(BASE, PAGE_SIZE, 1)
     memory.map(BASE + PAGE_SIZE, 2 * PAGE_SIZE, 3, file=File(b"short"))
