@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +17,7 @@ import pytest
 
 from scripts.benchmarks import harness, places
 from scripts.benchmarks.harness import Failed, Row, pair, report, run, spread, table
+from tests.conftest import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = (
@@ -186,6 +189,20 @@ def test_syscalls_as_one_document() -> None:
     assert not any(rows[id]["absent"] for id in ("n1", "f1", "f2", "f3", "p1", "p2"))
     ours = {peer["peer"]: peer for peer in rows["n1"]["peers"]}
     assert all(ours[name]["value"] > 0.5 for name in ("ptrace, SYSEMU", "seccomp, user notification")), "intercepted, really"
+
+
+def test_whoever_stops_it_finds_no_host_left(tmp_path: Path) -> None:
+    bench = [sys.executable, ROOT / "scripts" / "bench", "events", "--quick", "--json"]
+    with subprocess.Popen(bench, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL) as process:
+        pidfd = os.pidfd_open(process.pid)
+        while not list(tmp_path.glob("ring1-bench-*/state/control")):
+            ended, _, _ = select.select([pidfd], [], [], 0.01)
+            assert not ended, "it ended before it had a host"
+        process.terminate()
+        assert select.select([pidfd], [], [], TIMEOUT)[0]
+        os.close(pidfd)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_is_not_there_or_ends_is_absent() -> None:
