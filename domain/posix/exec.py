@@ -84,7 +84,7 @@ def parse(inode: Any) -> Elf:
 
 def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[bytes]) -> None:
     """Become another program. Raises Errno as long as the old one is intact; after that a failure kills."""
-    inode, path, arguments, name = _script(task, path, arguments)
+    inode, arguments, executable = _script(task, path, arguments)
     image = parse(inode)
     loader = None
     if image.interpreter:
@@ -116,7 +116,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
     task.registers[0 : r.COUNT] = array("Q", r.start(entry, stack))
     task.set_fpu_state(b"")
     process = task.process
-    process.executable, process.name, process.has_execed = name, os.path.basename(path)[:15], True
+    process.executable, process.name, process.has_execed = executable, os.path.basename(path)[:15], True
 
 
 def _executable(task: Task, path: bytes) -> Any:
@@ -129,13 +129,13 @@ def _executable(task: Task, path: bytes) -> Any:
     return inode
 
 
-def _script(task: Task, path: bytes, arguments: list[bytes]) -> tuple[Any, bytes, list[bytes], bytes]:
-    """Follow `#!` lines: the program's inode, its name, its arguments, its absolute path."""
+def _script(task: Task, path: bytes, arguments: list[bytes]) -> tuple[Any, list[bytes], bytes]:
+    """Follow `#!` lines: the program's inode, its arguments, its path without links, as /proc/PID/exe has it."""
     for _ in range(MAX_SCRIPTS + 1):
         inode = _executable(task, path)
         line = inode.read(0, MAX_LINE)
         if line[:2] != b"#!":
-            return inode, path, arguments, path if path[:1] == b"/" else _absolute(task, path)
+            return inode, arguments, _real(task, path)
         words = line[2:].split(b"\n")[0].strip().split(None, 1)
         if not words:
             raise Errno(errno.ENOEXEC)
@@ -144,10 +144,13 @@ def _script(task: Task, path: bytes, arguments: list[bytes]) -> tuple[Any, bytes
     raise Errno(errno.ELOOP)
 
 
-def _absolute(task: Task, path: bytes) -> bytes:
+def _real(task: Task, path: bytes) -> bytes:
     from domain.posix import vfs
 
-    return os.path.normpath(vfs.path_of(task.fs, task.fs.cwd) + b"/" + path)
+    found = vfs.walk(task, task.fs, task.fs.cwd, path)
+    if not found.name:  # it was /proc/self/exe
+        return task.process.executable
+    return os.path.join(vfs.path_of(task.fs, found.directory), found.name)
 
 
 def load(memory: Any, inode: Any, image: Elf, base: int) -> int:

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Protocol
+from weakref import ref
 
 from domain import memory
 from domain.memory import Pages
@@ -105,20 +106,21 @@ class Frames:
 
 
 class PageCache:
-    """Pages of files, shared by every program that maps or runs them. A file that changed is read again."""
+    """Pages of files, shared by every program that maps or runs them. A file that changed is read again, and one that has no
+    name, no descriptor and no mapping any more is gone with its pages: the cache is not what keeps it."""
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
-        self._files: dict[Inode, tuple[int, dict[int, int]]] = {}
+        self._files: dict[ref[Inode], tuple[int, dict[int, int]]] = {}
         frames.shrink = self.shrink
 
     def frame(self, inode: Inode, index: int) -> int:
         """The frame of a file's page; who maps it holds it. Raises Errno(ENOMEM)."""
-        generation, pages = self._files.get(inode, (-1, {}))
+        generation, pages = self._files.get(ref(inode), (-1, {}))
         if generation != inode.generation:
             self.forget(inode)
             pages = {}
-            self._files[inode] = inode.generation, pages
+            self._files[ref(inode, self._drop)] = inode.generation, pages
         pfn = pages.get(index)
         if pfn is None:
             data = inode.read(index * PAGE_SIZE, PAGE_SIZE)
@@ -130,22 +132,25 @@ class PageCache:
     def adopt(self, inode: Inode, pfn: int) -> None:
         """The file's one page is this frame, for good: one reference is nobody's, so it is never free, nor one program's."""
         self._frames.references[pfn] = 2
-        self._files[inode] = inode.generation, {0: pfn}
+        self._files[ref(inode, self._drop)] = inode.generation, {0: pfn}
 
     def written(self, inode: Inode) -> None:
         """What a shared mapping changed was given to the file: its pages are as the file is."""
-        if inode in self._files:
-            self._files[inode] = inode.generation, self._files[inode][1]
+        if ref(inode) in self._files:
+            self._files[ref(inode)] = inode.generation, self._files[ref(inode)][1]
 
     def forget(self, inode: Inode) -> None:
-        """The file is gone or has changed; who has its pages mapped keeps them."""
-        for pfn in self._files.pop(inode, (0, {}))[1].values():
+        """The file has changed; who has its pages mapped keeps them."""
+        self._drop(ref(inode))
+
+    def _drop(self, file: ref[Inode]) -> None:
+        for pfn in self._files.pop(file, (0, {}))[1].values():
             self._frames.drop(pfn)
 
     def shrink(self) -> int:
         """Give up what no program maps; how many frames."""
         freed = 0
-        for _, pages in self._files.values():
+        for _, pages in list(self._files.values()):
             idle = [index for index, pfn in pages.items() if self._frames.references[pfn] == 1]
             for index in idle:
                 self._frames.drop(pages.pop(index))

@@ -248,3 +248,19 @@ def test_gaps_are_found_from_the_top() -> None:
     assert areas.gap(2 * PAGE_SIZE) == first - 2 * PAGE_SIZE
     assert areas.gap(3 * PAGE_SIZE) == first - 6 * PAGE_SIZE
     assert areas.gap(MMAP_TOP) is None
+
+
+def test_a_file_that_nobody_has_is_not_kept_by_its_pages(memory: Memory, frames: Frames) -> None:
+    """They stay in the cache as long as it has a name or a descriptor; without those, until its last mapping goes."""
+    file = File(b"text" * 2 * PAGE_SIZE)
+    memory.map(BASE, 4 * PAGE_SIZE, 1, file=file)
+    memory.copy_in(BASE, 2 * PAGE_SIZE)
+    memory.clear()
+    assert frames.used, "a file that is there keeps its pages"
+    memory.map(BASE, 4 * PAGE_SIZE, 1, file=file)
+    memory.copy_in(BASE, 2 * PAGE_SIZE)
+    del file
+    check(memory)
+    assert memory.copy_in(BASE + PAGE_SIZE, 4) == b"text"
+    memory.clear()
+    assert frames.used == 0 and not memory.cache._files

@@ -95,6 +95,13 @@ def test_a_wild_store_costs_its_program_alone(disk: bytes) -> None:
     assert code == 0
 
 
+def test_exe_is_the_file_and_comm_the_name_it_was_called_by(disk: bytes) -> None:
+    """As on Linux: links are followed for the one and not for the other, which of a script is its own."""
+    look = "readlink /proc/$$/exe; cat /proc/$$/comm"
+    script = f"{look}; echo '#!/bin/sh' >t; echo '{look}' >>t; chmod +x t; ./t; /proc/self/exe"
+    assert shell(script, disk) == ("/bin/busybox\nsh\n/bin/busybox\nt\nexe: applet not found\n", 127)
+
+
 def test_what_memory_does_not_hold_is_killed_and_said(disk: bytes) -> None:
     result = programs.run(["/bin/sh", "-c", "programs memory; echo $?"], disk, pages=2600)
     lines = result.output.decode().splitlines()
