@@ -20,6 +20,7 @@ from tests.models.mutant import changed
 from tests.models.programs_game import ADDRESSES, CONTROLS, DATA, HOW, OTHERS, ROOTS, SLOTS, Game, control_of, play
 
 MOVES, GAMES, GAMES_NIGHTLY = 150, 6, 1000
+pytestmark = pytest.mark.timeout(1800 if NIGHTLY else 120)
 
 
 def games(count: int) -> None:

@@ -104,10 +104,10 @@ class Programs(StandIn):
 
     def fork(self, order: bytes, fds: list[int]) -> Wait:
         def wait(resume: Resume) -> None:
+            self._known |= {user for domain in self.domains.values() for user in domain.users.values()}
             if self.refusing:
                 self.loop.soon(lambda: resume(0))
                 return
-            self._known |= {user for domain in self.domains.values() for user in domain.users.values()}
             pids = next(self._pids), next(self._pids)
             program = Program(pids, fds)
             self.programs.append(program)

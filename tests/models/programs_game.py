@@ -56,6 +56,7 @@ class Game:
         self.mine = set(self.data)
         self.entries: list[dict[int, tuple[int, bool]]] = [{} for _ in range(ROOTS)]
         self.hooked = [True] * ROOTS  # the L1 is in its L2
+        self.faulting = set[int]()  # roots whose programs fault while the next call is under way
         self.shown: dict[int, Shown] = {}  # root -> the control region and the program, which may be dead
         for mfn in (*self.data, *self.controls[-1]):  # that control region is nowhere else: only its being one holds it
             hv.hide(domain, self.pfn[mfn])
@@ -76,6 +77,7 @@ class Game:
         their program dies. However that is, there is a look at what is mapped before."""
         hv = self.hv
         out = hv.ask(self.domain, request)
+        asked = self.fault_meanwhile()
         hv.settle()
         hv.check(audit=False)
         for program in hv.programs:
@@ -90,10 +92,22 @@ class Game:
         hv.settle()
         hv.check(audit=False)
         hv.serve_all()
+        for program in asked:
+            answers = program.hear(), program.hear()
+            assert program.dead or all(answers), "each fault is answered"
         assert out, "it has ended"
         if out[1] is not None:
             raise out[1]
         return out[0]
+
+    def fault_meanwhile(self) -> list[Program]:
+        """Some programs fault while a call is under way: the answer may be of the tables before it, or after."""
+        asked = [self.shown[root][1] for root in self.faulting if root in self.shown and not self.shown[root][1].dead]
+        for program in asked:
+            program.say(fault(SLOTS[-1] * PAGE_SIZE, PF_WRITE))
+            program.say(fault(SLOTS[1] * PAGE_SIZE, 0))
+        self.faulting.clear()
+        return asked
 
     def extended(self, command: int, first: int, second: int = 0, how: str = "well") -> int:
         self.hv.write(self.domain, EXT_OP.pack(command, first, second))
@@ -243,10 +257,16 @@ class Game:
             assert program.dead or region.items() <= program.pages.items(), "the control region"
 
     def end(self) -> None:
-        """The domain dies, and its programs with it."""
+        """The domain dies in the middle of a call, and its programs with it."""
         self.settled()
+        self.hv.write(self.domain, b"".join(UPDATE.pack(l2 << 12, 0) for _, l2, _ in self.tables))
+        self.hv.ask(self.domain, MmuUpdate(SCRATCH, ROOTS, 0, DOMID_SELF))
+        self.faulting = set(range(ROOTS))
+        self.fault_meanwhile()
+        self.hv.settle()
+        self.hv.check(audit=False)
         self.hv.kill(1)
-        self.hv.check()
+        self.hv.check(audit=False)
         self.hv.serve_all()
         assert self.domain.state == "dead" and not self.hv.frames.owned[1] and all(p.dead for p in self.hv.programs)
         self.hv.check()
@@ -281,6 +301,8 @@ def play(game: Game, seed: int, moves: int) -> None:
     for _ in range(moves):
         root, slot, how, flag = pick.randrange(ROOTS), pick.choice(SLOTS), pick.choice(HOW), pick.random() < 0.5
         move = pick.randrange(16)
+        if pick.random() < 0.3:
+            game.faulting.add(pick.randrange(ROOTS))
         if root not in game.shown or move == 0:
             game.hv.refusing, game.hv.stillborn = pick.random() < 0.1, pick.random() < 0.1
             control = control_of(game, pick.randrange(CONTROLS), pick.randrange(CONTROL_PAGES), pick.choice(OTHERS))
