@@ -58,6 +58,14 @@ static uint32_t turn_of(const struct user *u)
     return __atomic_load_n(&((struct ring1_cell *)(void *)u->control)->turn, __ATOMIC_ACQUIRE);
 }
 
+/* It has given the turn away, or is gone. Any other word leaves the turn its own. */
+static int is_back(const struct user *u)
+{
+    uint32_t turn = turn_of(u);
+
+    return turn == RING1_TURN_KERNEL || turn == RING1_TURN_DEAD;
+}
+
 static struct context *context_of(const struct user *u)
 {
     return (struct context *)(void *)(u->control + u->frame);
@@ -292,13 +300,13 @@ static int32_t run_once(struct user *u, int64_t ns)
     u->upcall = 0;
     if (sigsetjmp(leave, 0)) { /* the signal is blocked again: its handler was entered, and is not returned from */
         u->upcall = 1;
-        came = turn_of(u) != RING1_TURN_PROGRAM;
+        came = is_back(u);
     } else {
         if (resume(u)) {
             upcall_mask(u->shared_info);
             return USER_DEAD;
         }
-        came = turn_of(u) != RING1_TURN_PROGRAM; /* on our CPU it has been on meanwhile: the wake-up was its turn */
+        came = is_back(u); /* on our CPU it has been on meanwhile: the wake-up was its turn */
         if (!came) {
             sigprocmask(SIG_UNBLOCK, &upcall, 0);
             came = wait_turn(u, ns);
