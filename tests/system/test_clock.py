@@ -151,20 +151,34 @@ def test_virtual_time_stands_still_while_a_domain_is_descheduled(host: Machine) 
     assert across < gaps // 50 and virtual < real * 0.25
 
 
-@pytest.mark.usefixtures("busy")
-def test_run_states_add_up_to_real_time(host: Machine) -> None:
+COUNT = """
+    from hypervisor.public.clock import GetRunState
+    before, begin, ran = kernel.call(GetRunState()), kernel.now_ns(), kernel.virtual_ns()
+    while kernel.now_ns() - begin < COMPUTE: pass
+    await kernel.sleep(SLEEP)
+    real = kernel.now_ns() - begin, kernel.virtual_ns() - ran
+    return [list(before), list(kernel.call(GetRunState())), *real]
+"""
+
+
+def counted(host: Machine, compute: int, sleep: float) -> tuple[int, int, int]:
+    """Running, runnable and blocked, ns, of a domain that computes for so long and then sleeps."""
     guest = host.guest("counted")
-    before, after, real, ran = guest.do("""
-        from hypervisor.public.clock import GetRunState
-        before, begin, ran = kernel.call(GetRunState()), kernel.now_ns(), kernel.virtual_ns()
-        while kernel.now_ns() - begin < 300_000_000: pass
-        await kernel.sleep(0.1)
-        real = kernel.now_ns() - begin, kernel.virtual_ns() - ran
-        return [list(before), list(kernel.call(GetRunState())), *real]
-    """)
+    before, after, real, ran = guest.do(COUNT.replace("COMPUTE", str(compute)).replace("SLEEP", str(sleep)))
     guest.destroy()
     running, runnable, blocked, offline = (b - a for a, b in zip(before[1:], after[1:], strict=True))
     assert abs(running + runnable + blocked + offline - real) < 20_000_000, "each ns is in one of them"
     assert abs(running - ran) < 20_000_000 and offline == 0
-    assert blocked > 50_000_000, "it slept"
-    assert runnable > 30_000_000, "and while it computed, others did too: stolen time"
+    return running, runnable, blocked
+
+
+def test_what_is_neither_run_nor_waited_for_was_slept(host: Machine) -> None:
+    running, runnable, blocked = counted(host, 50_000_000, 0.2)
+    assert blocked > 100_000_000 and running + runnable > 40_000_000
+
+
+@pytest.mark.usefixtures("busy")
+def test_what_others_took_is_stolen_time(host: Machine) -> None:
+    running, runnable, blocked = counted(host, 300_000_000, 0)
+    assert runnable > 30_000_000 and running > 30_000_000
+    assert blocked < 100_000_000, "it did not sleep"
