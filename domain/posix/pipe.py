@@ -107,15 +107,19 @@ class PipeFile(File):
             inode.pipe = Pipe()
         assert isinstance(inode.pipe, Pipe)
         self.pipe: Pipe = inode.pipe
-        self.writers_seen = self.pipe.writer_count
+        alone = self.named and flags & os.O_NONBLOCK and not self.pipe.writers
+        self.writers_seen = self.pipe.writer_count if alone else -1  # who did not wait for a writer is hung up on after one
         if self.readable:
             self.pipe.readers += 1
             self.pipe.reader_count += 1
         if self.writable:
             self.pipe.writers += 1
             self.pipe.writer_count += 1
-            self.writers_seen = -1  # its own end is a writer
         self.pipe.opened.wake()
+
+    @property
+    def named(self) -> bool:
+        return self.inode.fs.kind != "pipefs"
 
     def read(self, task: Any, count: int) -> bytes:
         if not count:
@@ -173,15 +177,16 @@ class PipeFile(File):
 def open_pipe(fifo: Fifo, flags: int) -> tuple[PipeFile, PipeFile]:
     reader = PipeFile(fifo, os.O_RDONLY | flags)
     writer = PipeFile(fifo, os.O_WRONLY | flags)
-    reader.writers_seen = -1  # it has seen one: without a writer it is at its end
     return reader, writer
 
 
 def opened(file: PipeFile) -> bool:
-    """Whether the open of a FIFO may return: the other end is there, or was. Errors: ENXIO for a writer that does not wait."""
+    """Whether the open of a FIFO may return: the other end is there, or was. Errors: ENXIO for a writer that does not wait.
+
+    An unnamed pipe that is opened through /proc waits for nobody: its other end may be gone for good."""
     mode = file.flags & O_ACCMODE
     pipe = file.pipe
-    if mode == os.O_RDWR:
+    if mode == os.O_RDWR or not file.named:
         return True
     if mode == os.O_RDONLY:
         return bool(pipe.writers or file.flags & os.O_NONBLOCK)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from domain.posix import pipe
+from domain.posix import pipe, sys_file
 from domain.posix.files import POLLERR, POLLHUP, POLLIN, POLLOUT
 from tests.domain.posix.stand_in import Task, finish
 
@@ -119,6 +119,30 @@ def test_the_two_ends_of_a_fifo_wait_for_each_other(tmp_path: Path) -> None:
     assert task.call("close", reader) == 0
     both = task.call("open", "/p", os.O_RDWR)
     assert both == 0
+
+
+def test_an_unnamed_pipe_is_opened_without_a_wait() -> None:
+    """What /dev/fd/63 of a process substitution leads to, whose writer may have ended before."""
+    task = Task()
+    reader, writer = task.pipe()
+    task.call("write", writer, task.memory.put(b"early"), 5)
+    task.call("close", writer)
+    again = sys_file.open_inode(task, task.files.get(reader).inode, os.O_RDONLY)
+    assert isinstance(again, pipe.PipeFile)
+    assert sys_file.open_fifo(task, again, cloexec=False) == writer
+    assert task.read(writer, 9) == b"early" and task.read(writer, 9) == b""
+
+
+def test_a_reader_of_a_fifo_is_hung_up_on_when_its_writer_has_gone() -> None:
+    task = Task()
+    assert task.call("mknod", "/p", 0o10600, 0) == 0
+    early = task.call("open", "/p", os.O_RDONLY | os.O_NONBLOCK)
+    assert task.files.get(early).poll_events() == 0
+    writer = task.call("open", "/p", os.O_WRONLY)
+    late = task.call("open", "/p", os.O_RDONLY)
+    assert task.files.get(late).poll_events() == 0
+    task.call("close", writer)
+    assert task.files.get(early).poll_events() == task.files.get(late).poll_events() == POLLHUP
 
 
 def test_poll_waits_for_one_of_several_and_for_its_time() -> None:
