@@ -10,9 +10,10 @@ import errno
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Protocol
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 from domain import memory
+from domain._guest import ffi
 from domain.memory import Pages
 from domain.posix.errors import Errno
 from hypervisor.public.types import PAGE_SIZE
@@ -31,11 +32,15 @@ class Source(Protocol):
 
 
 class Inode(Protocol):
-    """What the cache needs of a file: bytes by offset, and a number that every change of them raises."""
+    """What the cache needs of a file: bytes by offset, a number that every change of them raises, and whether a page of it may
+    live in a frame: `adopt` gives it one that has its bytes, `at` says where its bytes are."""
 
     generation: int
 
     def read(self, offset: int, count: int) -> bytes: ...
+    def adopt(self, index: int, page: memoryview) -> None: ...
+    def at(self, index: int) -> object: ...
+    def disown(self, index: int) -> None: ...
 
 
 class Frames:
@@ -105,54 +110,69 @@ class Frames:
             raise Errno(errno.ENOMEM)
 
 
+class Cached(dict[int, int]):
+    """The frames of one file by the number of the page, each held once; they go when the file does."""
+
+    def __init__(self, frames: Frames) -> None:
+        super().__init__()
+        self.frames = frames
+        self.views: dict[int, memoryview] = {}  # the same memory, as the file has it
+
+    def drop(self, index: int) -> None:
+        self.views.pop(index, None)
+        self.frames.drop(self.pop(index))
+
+    def __del__(self) -> None:
+        for pfn in self.values():
+            self.frames.drop(pfn)
+
+
 class PageCache:
-    """Pages of files, shared by every program that maps or runs them. A file that changed is read again, and one that has no
-    name, no descriptor and no mapping any more is gone with its pages: the cache is not what keeps it."""
+    """Pages of files, shared by every program that maps or runs them. A page of a ramfs moves into its frame, so that read,
+    write and every mapping are about the same bytes; of other files it is a copy, made anew after a change."""
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
-        self._files: dict[ref[Inode], tuple[int, dict[int, int]]] = {}
+        self._files: WeakKeyDictionary[Inode, tuple[int, Cached]] = WeakKeyDictionary()
         frames.shrink = self.shrink
 
     def frame(self, inode: Inode, index: int) -> int:
-        """The frame of a file's page; who maps it holds it. Raises Errno(ENOMEM)."""
-        generation, pages = self._files.get(ref(inode), (-1, {}))
+        """The frame of a file's page; who maps it holds it. Raises Errno(ENOMEM, ENOSPC)."""
+        generation, pages = self._files.get(inode) or (-1, Cached(self._frames))
         if generation != inode.generation:
-            self.forget(inode)
-            pages = {}
-            self._files[ref(inode, self._drop)] = inode.generation, pages
+            for old in [old for old in pages if inode.at(old) is not pages.views[old]]:
+                pages.drop(old)
+            self._files[inode] = inode.generation, pages
         pfn = pages.get(index)
         if pfn is None:
             data = inode.read(index * PAGE_SIZE, PAGE_SIZE)
             pfn = self._frames.alloc(zeroed=len(data) < PAGE_SIZE)
-            memory.write(self._frames.address(pfn), data)
+            address = self._frames.address(pfn)
+            memory.write(address, data)
             pages[index] = pfn
+            pages.views[index] = memoryview(ffi.buffer(ffi.cast("char *", address), PAGE_SIZE)).cast("B")
+            try:
+                inode.adopt(index, pages.views[index])
+            except Errno:
+                pages.drop(index)
+                raise
         return pfn
 
-    def adopt(self, inode: Inode, pfn: int) -> None:
+    def place(self, inode: Inode, pfn: int) -> None:
         """The file's one page is this frame, for good: one reference is nobody's, so it is never free, nor one program's."""
         self._frames.references[pfn] = 2
-        self._files[ref(inode, self._drop)] = inode.generation, {0: pfn}
-
-    def written(self, inode: Inode) -> None:
-        """What a shared mapping changed was given to the file: its pages are as the file is."""
-        if ref(inode) in self._files:
-            self._files[ref(inode)] = inode.generation, self._files[ref(inode)][1]
-
-    def forget(self, inode: Inode) -> None:
-        """The file has changed; who has its pages mapped keeps them."""
-        self._drop(ref(inode))
-
-    def _drop(self, file: ref[Inode]) -> None:
-        for pfn in self._files.pop(file, (0, {}))[1].values():
-            self._frames.drop(pfn)
+        pages = Cached(self._frames)
+        pages[0] = pfn
+        self._files[inode] = inode.generation, pages
 
     def shrink(self) -> int:
         """Give up what no program maps; how many frames."""
         freed = 0
-        for _, pages in list(self._files.values()):
+        for inode, (_, pages) in list(self._files.items()):
             idle = [index for index, pfn in pages.items() if self._frames.references[pfn] == 1]
             for index in idle:
-                self._frames.drop(pages.pop(index))
+                if inode.at(index) is pages.views[index]:
+                    inode.disown(index)
+                pages.drop(index)
             freed += len(idle)
         return freed

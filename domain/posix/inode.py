@@ -172,6 +172,17 @@ class Regular(Inode):
         """The page of that number for a mapping, filled up with zeros. Pages beyond the end are the mapper's SIGBUS."""
         return self.read(index * PAGE, PAGE).ljust(PAGE, b"\0")
 
+    def adopt(self, index: int, page: memoryview) -> None:
+        """Keep the bytes of that page there, where mappings have them, if they can be kept anywhere: they are there already.
+        Errors: ENOSPC, where the page is a hole."""
+
+    def at(self, index: int) -> object:
+        """What has the bytes of that page."""
+        return None
+
+    def disown(self, index: int) -> None:
+        """Keep the bytes of an adopted page elsewhere again."""
+
     def allocate(self, offset: int, length: int) -> None:
         raise Errno(errno.EOPNOTSUPP)
 

@@ -75,10 +75,9 @@ class Memory:
         return address
 
     def unmap(self, address: int, size: int) -> None:
-        """Nothing is there any more. What a shared mapping of a file changed goes to the file."""
+        """Nothing is there any more."""
         end = address + page_up(size)
         for vma in self.areas.carve(address, end):
-            self.write_back(vma)
             for page in self._present(vma.start, vma.end):
                 self.table.unmap(page)
                 self.frames.drop(self.pages.pop(page) >> 2)
@@ -143,18 +142,6 @@ class Memory:
             self.table.unmap(page)
             self.frames.drop(self.pages.pop(page) >> 2)
         return place
-
-    def write_back(self, vma: Vma) -> None:
-        """Give a shared mapping's pages to its file, as far as the file reaches."""
-        if not vma.shared or vma.file is None or not vma.prot & PROT_WRITE:
-            return
-        for page in self._present(vma.start, vma.end):
-            offset = vma.offset + (page << PAGE_SHIFT) - vma.start
-            size = min(PAGE_SIZE, vma.file.size - offset)
-            data = memory.read(self.frames.address(self.pages[page] >> 2), max(0, size))
-            if size > 0 and vma.file.read(offset, size) != data:
-                vma.file.write(offset, data)
-                self.cache.written(vma.file)
 
     def discard(self, start: int, end: int) -> None:
         """Private anonymous pages are zero again (madvise DONTNEED)."""
@@ -309,8 +296,6 @@ class Memory:
 
     def clear(self) -> None:
         """Empty: what execve begins with, and exit ends with."""
-        for vma in self.areas:
-            self.write_back(vma)
         self.table.clear()
         for value in self.pages.values():
             self.frames.drop(value >> 2)

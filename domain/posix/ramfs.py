@@ -88,7 +88,7 @@ class RamFile(Regular):
     def __init__(self, fs: Ramfs, mode: int) -> None:
         super().__init__(fs, mode)
         self.length = 0
-        self.pages: dict[int, bytearray] = {}
+        self.pages: dict[int, bytearray | memoryview] = {}  # a view: of the frame that mappings of the page have
 
     @property
     def size(self) -> int:
@@ -135,6 +135,18 @@ class RamFile(Regular):
         self.length = max(self.length, offset + done)
         self.modified()
         return done
+
+    def adopt(self, index: int, page: memoryview) -> None:
+        if index not in self.pages:
+            self.fs.room(1)
+            self.fs.used_pages += 1
+        self.pages[index] = page
+
+    def at(self, index: int) -> object:
+        return self.pages.get(index)
+
+    def disown(self, index: int) -> None:
+        self.pages[index] = bytearray(self.pages[index])
 
     def new_page(self, index: int) -> bytearray:
         self.fs.room(1)

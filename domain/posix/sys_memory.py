@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from domain.posix.errors import Errno
 from domain.posix.table import signed32, syscall
-from domain.posix.vma import page_up
+from domain.posix.vma import PROT_WRITE, page_up
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ MAP_TYPE, SHARED_VALIDATE = 0xF, 3
 MAP_POPULATE = 0x8000
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 MADV_DONTNEED, MADV_FREE = 4, 8
+MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
 
 
-@syscall(9, "partial", "writable shared file mappings reach the file on msync, munmap and exit")
+@syscall(9, "partial", "who has a page mapped keeps it when the file is truncated; its mtime changes with msync")
 def sys_mmap(task: Task, address: int, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
     memory, kind = task.memory, flags & MAP_TYPE
     if not size or kind not in (MAP_SHARED, MAP_PRIVATE, SHARED_VALIDATE) or offset % PAGE_SIZE:
@@ -88,8 +89,16 @@ def sys_mremap(task: Task, address: int, old: int, new: int, flags: int, target:
 
 @syscall(26)
 def sys_msync(task: Task, address: int, size: int, flags: int) -> int:
-    for vma in task.memory.areas.overlapping(address, address + page_up(size)):
-        task.memory.write_back(vma)
+    """The file has the bytes already; that it was changed it learns here."""
+    if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC) or (flags & MS_ASYNC and flags & MS_SYNC):
+        raise Errno(errno.EINVAL)
+    end = address + page_up(size)
+    areas = task.memory.areas.overlapping(address, end)
+    for vma in areas:
+        if vma.shared and vma.file is not None and vma.prot & PROT_WRITE:
+            vma.file.modified()
+    if sum(min(vma.end, end) - max(vma.start, address) for vma in areas) != end - address:
+        raise Errno(errno.ENOMEM)
     return 0
 
 

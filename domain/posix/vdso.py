@@ -32,13 +32,22 @@ class Page:
     def read(self, offset: int, count: int) -> bytes:
         return self._content[offset : offset + count]
 
+    def adopt(self, index: int, page: memoryview) -> None:
+        """It has its bytes elsewhere, and they never change."""
+
+    def at(self, index: int) -> None:
+        return None
+
+    def disown(self, index: int) -> None:
+        raise AssertionError("it has adopted none")
+
 
 class Vdso:
     """`record`: the pfn of the frame that has the time record at vcpu_time_info's place, for as long as the kernel runs."""
 
     def __init__(self, cache: PageCache, record: int) -> None:
         self._record, self._code = Page(b"[vvar]"), Page(b"[vdso]", IMAGE)
-        cache.adopt(self._record, record)
+        cache.place(self._record, record)
 
     def map(self, memory: Memory) -> int:
         """Into a program's empty space; its address, for AT_SYSINFO_EHDR. Filled at once: a C library looks at it before main.

@@ -10,6 +10,7 @@ import pytest
 from domain.posix.errors import Errno
 from domain.posix.frames import TABLE_RESERVE, Frames, PageCache
 from domain.posix.memory import ACCERR, BUSERR, MAPERR, OK, Memory
+from domain.posix.ramfs import RamFile, Ramfs
 from domain.posix.vma import MMAP_TOP, Areas, Vma
 from hypervisor.public.types import PAGE_SIZE
 from tests.domain.posix.traced import Machine
@@ -50,6 +51,15 @@ class File:
     def write(self, offset: int, data: bytes) -> None:
         self.data[offset : offset + len(data)] = data
         self.generation += 1
+
+    def adopt(self, index: int, page: memoryview) -> None:
+        pass
+
+    def at(self, index: int) -> object:
+        return None
+
+    def disown(self, index: int) -> None:
+        raise AssertionError("it has adopted none")
 
 
 @pytest.fixture
@@ -135,15 +145,12 @@ def test_fork_copies_what_is_written_and_nothing_else(memory: Memory, frames: Fr
     assert frames.used == 0
 
 
-def test_a_shared_mapping_stays_shared_and_reaches_its_file(memory: Memory) -> None:
-    file = File(b"a" * PAGE_SIZE)
-    memory.map(BASE, PAGE_SIZE, 3, shared=True, file=file)
+def test_a_shared_mapping_stays_shared_over_a_fork(memory: Memory) -> None:
+    memory.map(BASE, PAGE_SIZE, 3, shared=True)
     memory.copy_out(BASE, b"one")
     child = memory.fork(Table())
     child.copy_out(BASE + 3, b"two")
-    assert memory.copy_in(BASE, 7) == b"onetwoa"
-    memory.unmap(BASE, PAGE_SIZE)
-    assert file.data[:7] == b"onetwoa"
+    assert memory.copy_in(BASE, 7) == b"onetwo\0"
 
 
 def test_a_file_that_changed_is_read_again(memory: Memory) -> None:
@@ -154,6 +161,56 @@ def test_a_file_that_changed_is_read_again(memory: Memory) -> None:
     memory.map(BASE, PAGE_SIZE, 1, file=file)
     assert memory.copy_in(BASE, 4) == b"new!"
     check(memory)
+
+
+def check_mappings_and_calls_see_one_file(memory: Memory, file: RamFile) -> None:
+    """Two mappings, one of them made after the file grew, and read and write."""
+    file.write(0, b"a" * PAGE_SIZE)
+    memory.map(BASE, 2 * PAGE_SIZE, 3, shared=True, file=file)
+    memory.copy_out(BASE, b"map")
+    assert file.read(0, 4) == b"mapa"
+    file.write(1, b"ILE")
+    assert memory.copy_in(BASE, 5) == b"mILEa"
+    file.truncate(2 * PAGE_SIZE)
+    other = memory.fork(Table())
+    other.map(BASE + 4 * PAGE_SIZE, 2 * PAGE_SIZE, 3, shared=True, file=file)
+    other.copy_out(BASE + 5 * PAGE_SIZE, b"hole")
+    other.copy_out(BASE + 4 * PAGE_SIZE, b"M")
+    assert memory.copy_in(BASE, 4) == b"MILE" and memory.copy_in(BASE + PAGE_SIZE, 4) == b"hole"
+    assert file.read(PAGE_SIZE, 5) == b"hole\0" and file.blocks == 16
+    other.map(BASE + 8 * PAGE_SIZE, PAGE_SIZE, 3, file=file)
+    file.write(0, b"new")
+    assert other.copy_in(BASE + 8 * PAGE_SIZE, 4) == b"newE"  # private, and not written yet
+    check(memory, other)
+    other.clear()
+
+
+def test_mappings_and_calls_see_one_file(memory: Memory, frames: Frames) -> None:
+    fs = Ramfs(lambda: 0)
+    file = fs.create(0o100644)
+    assert isinstance(file, RamFile)
+    check_mappings_and_calls_see_one_file(memory, file)
+    memory.clear()
+    assert memory.cache.shrink() == 2 and frames.used == 0
+    assert file.read(0, 5) == b"newEa" and file.read(PAGE_SIZE, 4) == b"hole"
+    memory.map(BASE, 2 * PAGE_SIZE, 3, shared=True, file=file)
+    memory.copy_out(BASE, b"back")
+    assert file.read(0, 5) == b"backa"
+    file.punch(0, PAGE_SIZE)
+    memory.map(BASE, PAGE_SIZE, 3, shared=True, file=file)
+    assert memory.copy_in(BASE, 4) == bytes(4)
+    memory.clear()
+    del file  # the last that has it: its frames go with it
+    assert frames.used == 0 and fs.used_pages == 0
+
+
+def test_a_copy_instead_of_the_page_is_found(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded: a file that keeps its bytes elsewhere."""
+    monkeypatch.setattr(RamFile, "adopt", lambda self, index, page: None)
+    file = Ramfs(lambda: 0).create(0o100644)
+    assert isinstance(file, RamFile)
+    with pytest.raises(AssertionError):
+        check_mappings_and_calls_see_one_file(memory, file)
 
 
 def test_programs_leave_the_kernel_what_its_tables_need() -> None:
