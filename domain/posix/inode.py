@@ -144,9 +144,13 @@ class Fifo(Inode):
 
 
 class Socket(Inode):
-    """A name that bind gave; nothing can be connected through it yet, but archives carry such nodes."""
+    """The name that bind gave, and what is connected through it while that is open; or what an unnamed socket has."""
 
-    __slots__ = ()
+    __slots__ = ("listener",)
+
+    def __init__(self, fs: Filesystem, mode: int) -> None:
+        super().__init__(fs, mode)
+        self.listener: object | None = None
 
 
 class Regular(Inode):

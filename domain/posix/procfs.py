@@ -175,7 +175,8 @@ class Procfs(Filesystem):
 def descriptors(table: FileTable) -> dict[bytes, Maker]:
     def maker(fd: int) -> Maker:
         file = table.open[fd]
-        name = file.path or b"%s:[%d]" % (b"pipe" if file.inode.kind == stat.S_IFIFO else b"anon_inode", file.inode.number)
+        kinds = {stat.S_IFIFO: b"pipe", stat.S_IFSOCK: b"socket"}
+        name = file.path or b"%s:[%d]" % (kinds.get(file.inode.kind, b"anon_inode"), file.inode.number)
         return lambda fs: Link(fs, lambda task: name, lambda: file.inode)
 
     return {b"%d" % fd: maker(fd) for fd in sorted(table.open)}

@@ -281,13 +281,3 @@ def sys_sync(task: Task) -> int:
 def sys_syncfs(task: Task, fd: int) -> int:
     task.files.get(signed32(fd))
     return 0
-
-
-@syscall(41, "none", "no network yet: every family is unknown, which programs take for a machine without one")
-def sys_socket(task: Task, family: int, kind: int, protocol: int) -> int:
-    raise Errno(errno.EAFNOSUPPORT)
-
-
-@syscall(53, "none", "as socket")
-def sys_socketpair(task: Task, family: int, kind: int, protocol: int, pair: int) -> int:
-    raise Errno(errno.EAFNOSUPPORT)

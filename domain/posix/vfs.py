@@ -33,6 +33,19 @@ class Nameless(Filesystem):
         return Usage(0x50495045)
 
 
+class Sockets(Filesystem):
+    """Where the inodes of sockets live, and the names that are none of files (abstract ones, unix(7))."""
+
+    kind = "sockfs"
+
+    def __init__(self, now: Callable[[], int], device: int) -> None:
+        super().__init__(now, device)
+        self.names: dict[bytes, object] = {}
+
+    def usage(self) -> Usage:
+        return Usage(0x534F434B)
+
+
 class Vfs:
     """The tree of one kernel: its root, what is mounted where, and the drivers behind device numbers."""
 
@@ -40,6 +53,7 @@ class Vfs:
         self.now = now
         self.root = root.root
         self.pipes: Filesystem = Nameless(now, device=11)
+        self.sockets = Sockets(now, device=13)
         self.anonymous = Ramfs(now, device=12)  # of memfd_create
         self.mounts: list[tuple[Filesystem, Directory | None]] = [(root, None)]
         self.character: dict[int, Opener] = {}

@@ -9,7 +9,18 @@ from collections.abc import Generator
 from types import SimpleNamespace
 from typing import Any
 
-from domain.posix import devices, sys_descriptor, sys_directory, sys_epoll, sys_file, sys_poll, sys_stat, sys_transfer
+from domain.posix import (
+    devices,
+    sys_descriptor,
+    sys_directory,
+    sys_epoll,
+    sys_file,
+    sys_message,
+    sys_poll,
+    sys_socket,
+    sys_stat,
+    sys_transfer,
+)
 from domain.posix.errors import Errno
 from domain.posix.files import FileTable
 from domain.posix.ramfs import Ramfs
@@ -17,7 +28,9 @@ from domain.posix.table import TABLE
 from domain.posix.tty import Tty
 from domain.posix.vfs import FsContext, Vfs
 
-MODULES = (sys_descriptor, sys_directory, sys_epoll, sys_file, sys_poll, sys_stat, sys_transfer)
+MODULES = (
+    sys_descriptor, sys_directory, sys_epoll, sys_file, sys_message, sys_poll, sys_socket, sys_stat, sys_transfer,
+)  # fmt: skip
 CALLS = {call.name: call.handler for call in TABLE.values() if any(call.handler.__module__ == m.__name__ for m in MODULES)}
 SIZE = 4 << 20
 FIRST = 0x10000  # addresses below fault
@@ -79,8 +92,9 @@ class Task:
         devices.install(self.vfs, self.tty)
         self.ignored: set[int] = set()
         self.process = SimpleNamespace(
-            pid=7, pgid=7, sid=7, terminal=None, send_signal=self.signals.append, ignores=lambda signo: signo in self.ignored
-        )
+            pid=7, pgid=7, sid=7, uid=0, gid=0, terminal=None, send_signal=self.signals.append,
+            ignores=lambda signo: signo in self.ignored,
+        )  # fmt: skip
         self.system = SimpleNamespace(now_ns=lambda: self.time)
 
     def blocks(self, signo: int) -> bool:
