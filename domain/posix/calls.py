@@ -5,6 +5,7 @@ from domain.posix import (
     sys_directory,
     sys_epoll,
     sys_file,
+    sys_futex,
     sys_memory,
     sys_message,
     sys_misc,
@@ -20,8 +21,8 @@ from domain.posix.table import TABLE, documentation
 
 __all__ = ["TABLE"]
 MODULES = (
-    sys_descriptor, sys_directory, sys_epoll, sys_file, sys_memory, sys_message, sys_misc, sys_poll, sys_process, sys_signal,
-    sys_socket, sys_stat, sys_time, sys_transfer,
+    sys_descriptor, sys_directory, sys_epoll, sys_file, sys_futex, sys_memory, sys_message, sys_misc, sys_poll, sys_process,
+    sys_signal, sys_socket, sys_stat, sys_time, sys_transfer,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ processes that share it meet.
 from __future__ import annotations
 
 import errno
+import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from domain.posix.errors import Errno
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from domain.posix.memory import Memory
 
 ALL = 0xFFFF_FFFF
+WAITERS, DIED, OWNER = 1 << 31, 1 << 30, (1 << 30) - 1  # of such a word
+MOST_ROBUST = 2048
 Key = tuple[int, int]
 
 
@@ -65,6 +69,61 @@ class Futexes:
         self._tidy(key)
         self._tidy(other)
         return done
+
+    # ---- locks whose word has its owner's number, so that we know whose they are (PI futexes; robust ones at a death)
+
+    def lock(self, memory: Memory, address: int, tid: int, alive: Callable[[int], bool], deadline: int | None) -> Blocking:
+        """Until it is ours. Nobody has a priority here that another could inherit, and who was woken may find it taken again.
+        Raises Errno(EDEADLK, ESRCH, ETIMEDOUT, EFAULT), Interrupted."""
+        while not self.try_lock(memory, address, tid, alive):
+            word = memory.word(address, 4) | WAITERS
+            memory.copy_out(address, word.to_bytes(4, "little"))
+            yield from self.wait(memory, address, word, deadline)
+        return 0
+
+    def try_lock(self, memory: Memory, address: int, tid: int, alive: Callable[[int], bool]) -> bool:
+        word = memory.word(address, 4)
+        owner = word & OWNER
+        if owner == tid:
+            raise Errno(errno.EDEADLK)
+        if owner and not alive(owner):
+            raise Errno(errno.ESRCH)
+        if owner:
+            return False
+        waited = WAITERS if self._queues.get(self._key(memory, address)) else 0
+        memory.copy_out(address, (tid | word & DIED | waited).to_bytes(4, "little"))
+        return True
+
+    def unlock(self, memory: Memory, address: int, tid: int) -> None:
+        """Raises Errno(EPERM): it is somebody else's."""
+        if memory.word(address, 4) & OWNER != tid:
+            raise Errno(errno.EPERM)
+        memory.copy_out(address, bytes(4))
+        self.wake(memory, address, 1)
+
+    def bury(self, memory: Memory, head: int, tid: int) -> None:
+        """What a dead thread still had is marked so, and one who waits for it is told (exit_robust_list). The list is the
+        program's: it may be anything."""
+        try:
+            entry, offset, pending = struct.unpack("<QqQ", memory.copy_in(head, 24))
+            for _ in range(MOST_ROBUST):
+                if entry & ~1 == head:
+                    break
+                following = memory.word(entry & ~1)
+                if entry != pending:
+                    self._bury(memory, (entry & ~1) + offset, tid)
+                entry = following
+            if pending & ~1:
+                self._bury(memory, (pending & ~1) + offset, tid)
+        except Errno:
+            pass
+
+    def _bury(self, memory: Memory, address: int, tid: int) -> None:
+        address &= (1 << 64) - 1
+        word = memory.word(address, 4)
+        if word & OWNER == tid:
+            memory.copy_out(address, (word & WAITERS | DIED).to_bytes(4, "little"))
+            self.wake(memory, address, 1)
 
     def _key(self, memory: Memory, address: int) -> Key:
         if address & 3:

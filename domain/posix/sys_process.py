@@ -338,14 +338,6 @@ def sys_set_tid_address(task: Task, address: int) -> int:
     return task.tid
 
 
-@syscall(273, "partial", "kept, not walked when a thread dies")
-def sys_set_robust_list(task: Task, head: int, size: int) -> int:
-    if size != 24:
-        raise Errno(errno.EINVAL)
-    task.robust_list = head
-    return 0
-
-
 @syscall(158)
 def sys_arch_prctl(task: Task, code: int, address: int) -> int:
     if code in (0x1002, 0x1001):
@@ -357,28 +349,3 @@ def sys_arch_prctl(task: Task, code: int, address: int) -> int:
     else:
         raise Errno(errno.EINVAL)
     return 0
-
-
-@syscall(202, "partial", "no priority inheritance, no robust death")
-def sys_futex(task: Task, address: int, operation: int, value: int, timeout: int, address2: int, value3: int) -> Result:
-    futexes, memory, command = task.system.futexes, task.memory, operation & 0x7F
-    if command in (0, 9):  # WAIT, WAIT_BITSET
-        deadline = None
-        if timeout:
-            seconds, ns = struct.unpack("<qq", memory.copy_in(timeout, 16))
-            if seconds < 0 or not 0 <= ns < 10**9:
-                raise Errno(errno.EINVAL)
-            deadline = seconds * 10**9 + ns
-            if command == 0:
-                deadline += task.system.now_ns()
-            elif operation & 0x100:  # CLOCK_REALTIME
-                deadline -= task.system.wall_ns() - task.system.now_ns()
-        return futexes.wait(memory, address, value, deadline, value3 & 0xFFFF_FFFF if command == 9 else 0xFFFF_FFFF)
-    if command in (1, 10):  # WAKE, WAKE_BITSET
-        memory.word(address, 4)
-        return futexes.wake(memory, address, max(1, signed32(value)), value3 & 0xFFFF_FFFF if command == 10 else 0xFFFF_FFFF)
-    if command in (3, 4):  # REQUEUE, CMP_REQUEUE; timeout is the second count
-        if command == 4 and memory.word(address, 4) != value3 & 0xFFFF_FFFF:
-            raise Errno(errno.EAGAIN)
-        return futexes.requeue(memory, address, signed32(value), address2, signed32(timeout))
-    raise Errno(errno.ENOSYS)

@@ -279,6 +279,8 @@ class Task:
         self.process.tasks.remove(self)
         self.system.tasks.pop(self.tid, None)
         self.system.ended(self)
+        if self.robust_list:
+            self.system.futexes.bury(self.memory, self.robust_list, self.tid)
         if self.process.exit_status is None and self.clear_tid:
             try:
                 self.memory.copy_out(self.clear_tid, bytes(4))

@@ -86,7 +86,7 @@ def test_md5sum_is_the_hosts(host: Machine, root: Path) -> None:
     assert (output.split()[0], code) == (hashlib.md5(BUSYBOX.read_bytes()).hexdigest(), 0)
 
 
-@pytest.mark.parametrize("what", ["threads", "handlers", "memory"])
+@pytest.mark.parametrize("what", ["threads", "handlers", "locks", "memory"])
 def test_a_static_glibc_program_says_what_it_says_on_the_host(host: Machine, root: Path, what: str) -> None:
     native = subprocess.run([root / "tree/bin/programs", what], capture_output=True, text=True, check=True).stdout
     assert run(host, root, "programs", what) == (native, 0)

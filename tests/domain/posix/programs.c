@@ -57,6 +57,70 @@ static int threads(void)
     return 0;
 }
 
+static void *takes(void *mutex)
+{
+    for (int i = 0; i < 200; i++) {
+        pthread_mutex_lock(mutex);
+        long before = count;
+        if (i % 16 == 0)
+            sched_yield();
+        count = before + 1;
+        pthread_mutex_unlock(mutex);
+    }
+    return NULL;
+}
+
+/* Mutexes that the kernel knows the owner of: with priority inheritance, and one whose owner dies, of two processes. */
+static int locks(void)
+{
+    pthread_mutexattr_t kind;
+    pthread_mutex_t inherits, *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pthread_t some[4];
+
+    pthread_mutexattr_init(&kind);
+    pthread_mutexattr_setprotocol(&kind, PTHREAD_PRIO_INHERIT);
+    pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ERRORCHECK);
+    printf("made %d\n", pthread_mutex_init(&inherits, &kind));
+    count = 0;
+    for (int i = 0; i < 4; i++)
+        pthread_create(&some[i], NULL, takes, &inherits);
+    for (int i = 0; i < 4; i++)
+        pthread_join(some[i], NULL);
+    printf("%ld taken\n", count);
+    pthread_mutex_lock(&inherits);
+    printf("again: %s\n", strerror(pthread_mutex_lock(&inherits)));
+
+    for (int inherit = 0; inherit < 2; inherit++) {
+        pthread_mutexattr_init(&kind);
+        pthread_mutexattr_setpshared(&kind, PTHREAD_PROCESS_SHARED);
+        pthread_mutexattr_setrobust(&kind, PTHREAD_MUTEX_ROBUST);
+        pthread_mutexattr_setprotocol(&kind, inherit ? PTHREAD_PRIO_INHERIT : PTHREAD_PRIO_NONE);
+        pthread_mutex_init(shared, &kind);
+        for (int waits = 0; waits < 2; waits++) {
+            int ends[2];
+            char byte;
+            if (pipe(ends))
+                return 1;
+            if (!fork()) {
+                pthread_mutex_lock(shared);
+                (void)!write(ends[1], "", 1);
+                if (waits)
+                    usleep(20000);
+                _exit(0);
+            }
+            (void)!read(ends[0], &byte, 1);
+            if (!waits)
+                wait(NULL);
+            printf("its owner: %s\n", strerror(pthread_mutex_lock(shared)));
+            if (waits)
+                wait(NULL);
+            pthread_mutex_consistent(shared);
+            printf("given back: %d\n", pthread_mutex_unlock(shared));
+        }
+    }
+    return 0;
+}
+
 static volatile sig_atomic_t seen;
 static volatile double kept;
 static void note(int signo, siginfo_t *info, void *context)
@@ -228,6 +292,8 @@ int main(int argc, char **argv)
         return threads();
     if (!strcmp(what, "handlers"))
         return handlers();
+    if (!strcmp(what, "locks"))
+        return locks();
     if (!strcmp(what, "spin"))
         return spin(argv[2]);
     if (!strcmp(what, "memory"))
