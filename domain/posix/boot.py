@@ -40,7 +40,9 @@ def mount(system: System, ramdisk: bytes | memoryview) -> FsContext:
     context = FsContext(vfs, root.root, root.root)
     for name in (b"dev", b"proc", b"tmp"):
         _directory(root.root, name)
-    devices.populate(_directory(root.root, b"dev"))
+    dev = _directory(root.root, b"dev")
+    devices.populate(dev)
+    _directory(dev, b"shm").mode |= 0o1777
     vfs.mount(procfs.Procfs(system, vfs), _directory(root.root, b"proc"))
     system.root = root.root
     return context

@@ -117,6 +117,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
     task.set_fpu_state(b"")
     process = task.process
     process.executable, process.name, process.has_execed = executable, os.path.basename(path)[:15], True
+    process.command_line, process.environment = (b"".join(word + b"\0" for word in part) for part in (arguments, environment))
 
 
 def _executable(task: Task, path: bytes) -> Any:

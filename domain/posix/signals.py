@@ -28,9 +28,7 @@ SS_ONSTACK, SS_DISABLE, MINSIGSTKSZ = 1, 2, 2048
 STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 HARMLESS = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT})
 FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS})
-CORE = FAULTS | {signal.SIGQUIT, signal.SIGABRT, signal.SIGXCPU, signal.SIGXFSZ}
 NEVER_BLOCKED = 1 << signal.SIGKILL - 1 | 1 << signal.SIGSTOP - 1
-CORE_DUMPED = 0x80  # in a wait status; no file is written
 
 SIGINFO_BYTES, REDZONE = 128, 128
 # flags link, stack, registers, cs gs fs ss, err trapno oldmask cr2, fpstate and 8 reserved, mask
@@ -137,7 +135,7 @@ def default(process: Process, signo: int) -> bool:
     elif signo in HARMLESS:
         return False
     else:
-        process.exit(signo | (CORE_DUMPED if signo in CORE else 0))
+        process.exit(signo)  # never with a core: no file is written
     return True
 
 
@@ -148,7 +146,7 @@ def force(task: Task, info: Info) -> None:
         action.handler = SIG_DFL
     task.blocked &= ~bit
     if action.handler == SIG_DFL:
-        task.process.exit(info.signo | (CORE_DUMPED if info.signo in CORE else 0))
+        task.process.exit(info.signo)
     else:
         task.pending.add(info)
 
@@ -200,7 +198,7 @@ def _enter(task: Task, action: Action, info: Info) -> None:
         memory.copy_out(fpstate, fpu) if fpu else None
         memory.copy_out(at, action.restorer.to_bytes(8, "little") + context + info.pack())
     except Errno:
-        task.process.exit(int(signal.SIGSEGV) | CORE_DUMPED)
+        task.process.exit(int(signal.SIGSEGV))
         return
     if not action.flags & SA_NODEFER:
         task.blocked |= 1 << info.signo - 1

@@ -8,19 +8,19 @@ import struct
 from typing import TYPE_CHECKING
 
 from domain.posix.errors import Errno
+from domain.posix.limits import NR_LIMITS, RLIMIT_NOFILE, limit
+from domain.posix.signals import NSIG
 from domain.posix.sys_process import rusage
 from domain.posix.table import signed32, syscall
-from domain.posix.vma import STACK_BYTES
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from domain.posix.task import Task
 
-RLIMIT_STACK, RLIMIT_NPROC, RLIMIT_NOFILE, NR_LIMITS = 3, 6, 7, 16
-INFINITY = (1 << 64) - 1
-DEFAULTS = {RLIMIT_STACK: (STACK_BYTES, INFINITY), RLIMIT_NPROC: (1024, 1024), RLIMIT_NOFILE: (1024, 4096)}
 RELEASE = b"6.1.0-ring1"
-PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 3, 15, 16
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 2, 3, 4, 15, 16
+PR_CAPBSET_READ, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 23, 29, 38
+LAST_CAPABILITY = 40
 RANDOM_MOST = 1 << 25
 
 
@@ -92,7 +92,7 @@ def sys_prlimit64(task: Task, pid: int, which: int, new: int, old: int) -> int:
         raise Errno(errno.ESRCH)
     if which >= NR_LIMITS:
         raise Errno(errno.EINVAL)
-    before = process.limits.get(which, DEFAULTS.get(which, (INFINITY, INFINITY)))
+    before = limit(process, which)
     wanted = struct.unpack("<QQ", task.memory.copy_in(new, 16)) if new else None
     if wanted and wanted[0] > wanted[1]:
         raise Errno(errno.EINVAL)
@@ -116,10 +116,13 @@ def sys_setrlimit(task: Task, which: int, address: int) -> int:
     return sys_prlimit64(task, 0, which, address, 0)
 
 
-@syscall(98, "partial", "processor time only")
+@syscall(98, "partial", "processor time, which is all a user's, resident pages, faults")
 def sys_getrusage(task: Task, who: int, address: int) -> int:
-    process = task.process
-    task.memory.copy_out(address, rusage(process.children_cpu_ns if signed32(who) == -1 else process.cpu_ns))
+    process, who = task.process, signed32(who)
+    if who not in (-1, 0, 1):  # children, the process, the thread
+        raise Errno(errno.EINVAL)
+    own = rusage(process.cpu_ns, len(task.memory.pages), task.memory.faults)
+    task.memory.copy_out(address, rusage(process.children_cpu_ns) if who == -1 else own)
     return 0
 
 
@@ -142,45 +145,20 @@ def sys_getrandom(task: Task, address: int, size: int, flags: int) -> int:
     return size
 
 
-@syscall(157, "partial", "PR_SET_NAME and PR_GET_NAME; the rest is EINVAL")
+@syscall(157, "partial", "the name, the signal at a parent's death; what is about privileges and dumps is accepted")
 def sys_prctl(task: Task, option: int, argument: int) -> int:
     if option == PR_SET_NAME:
         task.process.name = task.memory.copy_in(argument, 16).split(b"\0")[0][:15]
     elif option == PR_GET_NAME:
         task.memory.copy_out(argument, task.process.name.ljust(16, b"\0"))
-    elif option == PR_GET_DUMPABLE:
+    elif option == PR_GET_DUMPABLE or (option == PR_CAPBSET_READ and argument <= LAST_CAPABILITY):
         return 1
-    elif option != PR_SET_PDEATHSIG:
+    elif option == PR_SET_PDEATHSIG and argument <= NSIG:
+        task.process.death_signal = argument
+    elif option == PR_GET_PDEATHSIG:
+        task.memory.copy_out(argument, task.process.death_signal.to_bytes(4, "little"))
+    elif option not in (PR_SET_DUMPABLE, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS):
         raise Errno(errno.EINVAL)
-    return 0
-
-
-@syscall(24)
-def sys_sched_yield(task: Task) -> int:
-    task.system.yielding = True
-    return 0
-
-
-@syscall(203, "none", "there is one virtual CPU")
-def sys_sched_setaffinity(task: Task, pid: int, size: int, address: int) -> int:
-    return 0
-
-
-@syscall(204)
-def sys_sched_getaffinity(task: Task, pid: int, size: int, address: int) -> int:
-    if size < 8:
-        raise Errno(errno.EINVAL)
-    task.memory.copy_out(address, (1).to_bytes(8, "little"))
-    return 8
-
-
-@syscall(140, "none", "every process has the same priority")
-def sys_getpriority(task: Task, which: int, who: int) -> int:
-    return 20
-
-
-@syscall(141, "none", "every process has the same priority")
-def sys_setpriority(task: Task, which: int, who: int, value: int) -> int:
     return 0
 
 

@@ -45,6 +45,7 @@ class Process:
         self.actions: list[Action] = [Action() for _ in range(signals.NSIG + 1)]
         self.pending = Pending()
         self.exit_signal = int(signal.SIGCHLD)
+        self.death_signal = 0  # for it, when its parent ends
         self.exit_status: int | None = None  # as wait4 tells it
         self.stopped = 0  # the signal that stopped it
         self.stop_news = self.continue_news = False  # not waited for yet
@@ -53,6 +54,10 @@ class Process:
         self.limits: dict[int, tuple[int, int]] = dict(parent.limits) if parent else {}
         self.timers: dict[int, Any] = {}
         self.cpu_ns = self.children_cpu_ns = 0
+        self.started_ns = system.now_ns()
+        self.nice: int = parent.nice if parent else 0
+        self.command_line: bytes = parent.command_line if parent else b""
+        self.environment: bytes = parent.environment if parent else b""
         self.has_execed = False
         system.processes[self.pid] = self
         if parent:
@@ -117,8 +122,7 @@ class Process:
         self._lead_no_more()
         self.system.exited(self)
         if status & 0x7F:
-            code = signals.CLD_DUMPED if status & signals.CORE_DUMPED else signals.CLD_KILLED
-            self._tell_parent(code, status & 0x7F)
+            self._tell_parent(signals.CLD_KILLED, status & 0x7F)
         else:
             self._tell_parent(signals.CLD_EXITED, status >> 8)
         action = self.parent.actions[signal.SIGCHLD] if self.parent else None
@@ -134,6 +138,7 @@ class Process:
                 init.children.append(child)
                 if child.exit_status is not None:
                     init.child_events.wake()
+            child.send_signal(child.death_signal)
             if child.stopped and child.exit_status is None:
                 child.send_signal(signal.SIGHUP)
                 child.send_signal(signal.SIGCONT)

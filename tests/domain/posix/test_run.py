@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from domain.posix.signals import CORE_DUMPED
 from tests.domain.posix import programs
 
 SOURCE = Path(__file__).with_name("programs.c")
@@ -31,6 +30,11 @@ SCRIPTS = [  # whose output and exit code are the host's
     "tar cf - -C /bin busybox | gzip -1 | gunzip | tar xOf - | md5sum",
     "nonesuch 2>/dev/null; echo $?",
     "timeout 1 sleep 5 2>/dev/null; echo $?",
+    "cat /proc/self/cmdline | tr '\\0' ' '; X=y cat /proc/self/environ | tr '\\0' '\\n' | grep X=; wc -w </proc/self/stat",
+    "echo 'cat /proc/$$/comm' >s; chmod +x s; (echo '#!/bin/sh'; cat s) >named; chmod +x named; ./named; rm s named",
+    "grep -c ^btime /proc/stat; cat /proc/thread-self/comm; readlink /proc/thread-self | cut -d/ -f2; ls -1 /proc/self/fdinfo",
+    "busybox nice -n 5 busybox nice; busybox nice -n 3 sh -c \"cut -d' ' -f18,19 /proc/self/stat\"",
+    "wc -w </proc/self/statm; grep -c . /proc/self/limits; cat /proc/sys/kernel/ostype; grep -c Pss /proc/self/status",
 ]
 pytestmark = [
     pytest.mark.skipif(not os.path.exists(programs.BUSYBOX), reason="needs busybox-static as /bin/busybox"),
@@ -55,7 +59,7 @@ def disk(folder: Path) -> bytes:
 def shell(script: str, disk: bytes) -> tuple[str, int]:
     """Output, and the exit code that a shell would tell of it."""
     result = programs.run(["/bin/sh", "-c", script], disk)
-    return result.output.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(result.status & ~CORE_DUMPED)
+    return result.output.decode().replace("\r\n", "\n"), os.waitstatus_to_exitcode(result.status)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -83,7 +83,6 @@ def test_a_record_that_programs_may_write_is_seen(disk: bytes, monkeypatch: pyte
         return whole(self, address, size, prot | 2 * shared, *rest, **options | {"shared": shared})
 
     monkeypatch.setattr(Memory, "map", map_shared)
-    monkeypatch.setattr(Memory, "write_back", lambda self, vma: None)
     assert calls(disk, "attack")[0] == "store to the record 0\n"
 
 
