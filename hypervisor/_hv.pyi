@@ -8,6 +8,7 @@ class _Lib:
     NO_DOMAIN: int
     NO_MFN: int
     NO_OWNER: int
+    FILL_CHANGES: int
     JOB_REQUESTS: int
     FRAME_MAPPED: int
     JOB_FLUSH: int

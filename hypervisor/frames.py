@@ -14,7 +14,7 @@ Invariants (FrameTable.check recomputes every count):
   I9  free + owned = all.
 
 The arrays and whatever is done per entry are C's (frames.c, tables.c, mmu.c). Frames are handed out in scattered runs of
-max(4, n / 1024): a guest sees discontiguous memory, as on real hardware, and a run is one host mapping of the 65,530 that a
+max(4, n / 256): a guest sees discontiguous memory, as on real hardware, and a run is one host mapping of the 65,530 that a
 process may have. Frames change owner only through the free list, scrubbed, or with their contents by a page flip.
 """
 
@@ -41,7 +41,7 @@ CHECKED = (*TABLES, PageType.SEG_DESC)  # every entry of theirs is good
 
 def run_length(nr_frames: int) -> int:
     """Frames that lie together in a reservation of `nr_frames`."""
-    return min(CHUNK, max(4, nr_frames // 1024))
+    return min(CHUNK, max(4, nr_frames // 256))
 
 
 class FrameTable:

@@ -95,6 +95,7 @@ struct host_change { /* `pages` from `at` on (an offset from the first window): 
 uint32_t host_run(const struct host_change *changes, uint32_t n);
 void host_commands(const struct host_change *changes, uint32_t n, uint64_t base, int32_t rw, int32_t ro, void *out);
 #define JOB_REQUESTS 512
+#define FILL_CHANGES 64 /* host mappings made for one fault */
 #define JOB_FLUSH 1 /* let the host mappings follow, commit, and come back */
 #define JOB_UPPER 2 /* request `next` changes a table above L1: that is not done here */
 struct mmu_job {

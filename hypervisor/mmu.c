@@ -12,6 +12,7 @@
 #include <sys/syscall.h>
 
 #define FILL_PAGES 16
+_Static_assert(FILL_PAGES <= FILL_CHANGES, "the page itself is always among them");
 #define PF_WRITE 2u /* of a page fault's error code */
 #define PF_FETCH 16u
 #define NOTHING (MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE)
@@ -137,7 +138,7 @@ void host_commands(const struct host_change *changes, uint32_t n, uint64_t base,
             memcpy(words[i],
                    (uint64_t[7]){SYS_mmap, base + c->at, size,
                                  (uint64_t)(PROT_READ | (c->writable ? PROT_WRITE : 0) | (c->executable ? PROT_EXEC : 0)),
-                                 MAP_SHARED | MAP_FIXED, (uint64_t)(c->writable ? rw : ro), (uint64_t)c->mfn << 12},
+                                 MAP_SHARED | MAP_FIXED | (user && c->writable ? MAP_POPULATE : 0), (uint64_t)(c->writable ? rw : ro), (uint64_t)c->mfn << 12},
                    sizeof words[0]);
     }
 }
@@ -304,13 +305,29 @@ uint32_t mmu_walk(struct mmu *m, uint32_t root, uint64_t va, uint32_t write)
     return allows(entry, rights, write ? PF_WRITE : 0) ? (uint32_t)PTE_MFN(entry) : NO_MFN;
 }
 
+/* What is present and not mapped of the slots [from, to) of an L1, at `base`, until `out` has `room` changes; and `wanted` again. */
+static uint32_t fill_slots(struct mmu *m, uint32_t l1, uint32_t from, uint32_t to, uint32_t wanted, uint64_t base, uint64_t rights,
+                           struct host_change *out, uint32_t n, uint32_t room)
+{
+    for (uint32_t slot = from; slot < to && n < room; slot++) {
+        uint64_t entry = mmu_entry(m, l1, slot);
+
+        if (slot != wanted && (!(entry & PTE_P) || mmu_is_mapped(m, l1, slot)))
+            continue;
+        n = add(out, n, change_of(base + ((uint64_t)slot << 12), entry, rights));
+        mark(m, l1, slot, 1);
+    }
+    return n;
+}
+
 /* What is to be mapped after a fault at `va` of a root that a window shows: the page, if the tables allow the access, and the
- * present ones of the FILL_PAGES it is among. Returns the number of changes, 0: they do not. */
+ * present ones of the FILL_PAGES it is among. Returns the number of changes, 0: they do not. A program has the rest of its table as
+ * well, as far as FILL_CHANGES go: one that was just given a space has all of it still to come. */
 uint32_t mmu_fill(struct mmu *m, uint32_t root, uint64_t va, uint32_t access, struct host_change *out)
 {
     uint64_t rights = 0, entry;
-    uint32_t l1 = find_l1(m, root, va, &rights), n = 0, wanted = va >> 12 & (TABLE_ENTRIES - 1);
-    uint32_t first = wanted & ~(FILL_PAGES - 1u);
+    uint32_t l1 = find_l1(m, root, va, &rights), n, wanted = va >> 12 & (TABLE_ENTRIES - 1);
+    uint32_t first = wanted & ~(FILL_PAGES - 1u), last = first + FILL_PAGES;
     uint64_t base = ((uint64_t)(m->frames[root].window - 1u) << SPACE_SHIFT) + (va & ~((1ull << 21) - 1));
 
     if (l1 == NO_MFN)
@@ -318,12 +335,10 @@ uint32_t mmu_fill(struct mmu *m, uint32_t root, uint64_t va, uint32_t access, st
     entry = mmu_entry(m, l1, wanted);
     if (!allows(entry, rights, access))
         return 0;
-    for (uint32_t slot = first; slot < first + FILL_PAGES; slot++) {
-        entry = mmu_entry(m, l1, slot);
-        if (slot != wanted && (!(entry & PTE_P) || mmu_is_mapped(m, l1, slot)))
-            continue;
-        n = add(out, n, change_of(base + ((uint64_t)slot << 12), entry, rights));
-        mark(m, l1, slot, 1);
+    n = fill_slots(m, l1, first, last, wanted, base, rights, out, 0, FILL_CHANGES);
+    if (m->frames[root].window > NR_WINDOWS) {
+        n = fill_slots(m, l1, last, TABLE_ENTRIES, wanted, base, rights, out, n, FILL_CHANGES);
+        n = fill_slots(m, l1, 0, first, wanted, base, rights, out, n, FILL_CHANGES);
     }
     return n;
 }

@@ -135,6 +135,8 @@ def _update_upper(hv: Hypervisor, domain: Domain, table: int, slot: int, value: 
         yield from space.get_table(hv, domain, mfn_of(value), level - 1, table, slot)
 
     lib.mmu_store(mmu, table, slot, value)
+    if level == PageType.L2 and value & Pte.PRESENT and not old & Pte.PRESENT:
+        yield from space.show(hv, domain, mfn_of(value))
     if old & Pte.PRESENT:
         yield from space.zap_table(hv, domain, mfn_of(old), 1 << (L2_SHIFT if level == PageType.L2 else L3_SHIFT))
         if not same:

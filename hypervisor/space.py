@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SPACE_SHIFT = 39
 TABLES_A_TURN = 64  # validated before others have a turn: 512 entries each, some 0.2 ms together
-FILL_CHANGES = 16
 FLUSH_SLOTS = 16  # entries of a root whose mappings are thrown out in a turn: 512 tables each, some 0.4 ms together
 SHOW_CHANGES = 512  # host mappings of one batch at start
 TLB_CHANGES = 24_000  # changes since everything was thrown out: each leaves at most two mappings more, of 65,530
@@ -46,7 +45,7 @@ class Space:
         self.switches = 0
         self.changes = 0  # see TLB_CHANGES
         self.job: Any = ffi.new("struct mmu_job *", {"room": lib.JOB_REQUESTS})
-        self.fills: Any = ffi.new("struct host_change[]", FILL_CHANGES)  # of one fault, until they are asked for
+        self.fills: Any = ffi.new("struct host_change[]", lib.FILL_CHANGES)  # of one fault, until they are asked for
         self.walk: Any = ffi.new("struct table_walk *")
 
     @property
@@ -276,6 +275,15 @@ def show_all(hv: Hypervisor, domain: Domain, table: int) -> Steps:
         count = lib.mmu_show(mmu, table, slot, changes, SHOW_CHANGES)
         if count:
             yield from follow(hv, domain, changes, count)
+
+
+def show(hv: Hypervisor, domain: Domain, table: int) -> Steps:
+    """Steps: map what a new L1 of a program's space says, as a fault there would: it is made for what runs next."""
+    if lib.mmu_offset(hv.frames.mmu, table) >> SPACE_SHIFT < NR_WINDOWS:
+        return
+    count = lib.mmu_show(hv.frames.mmu, table, ffi.new("uint32_t *"), domain.space.fills, lib.FILL_CHANGES)
+    if count:
+        yield from follow(hv, domain, domain.space.fills, count)
 
 
 def dump(hv: Hypervisor, domain: Domain) -> dict[int, tuple[int, bool]]:

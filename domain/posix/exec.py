@@ -92,7 +92,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
         loader = parse(loader_inode)
     if sum(map(len, arguments)) + sum(map(len, environment)) + 8 * len(arguments + environment) > ARGUMENT_BYTES:
         raise Errno(errno.E2BIG)
-    task.system.become(task)  # the other threads end; an address space of its own, empty
+    task.system.become(task, (inode.number, False))  # the other threads end; an address space of its own, empty
     memory = task.memory
     base = PIE_BASE if image.kind == ET_DYN else 0
     end = load(memory, inode, image, base)
@@ -105,6 +105,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
         load(memory, loader_inode, loader, loader_base)
         entry = loader_base + loader.entry
     memory.map(STACK_TOP - STACK_BYTES, STACK_BYTES, PROT_READ | PROT_WRITE, around=8)
+    memory.anticipate(STACK_TOP - STACK_BYTES, STACK_TOP)
     holders = (s for s in image.segments if s.offset <= image.headers < s.offset + s.size)
     headers = next((s.address + image.headers - s.offset for s in holders), 0)
     auxiliary = {
@@ -156,7 +157,7 @@ def _real(task: Task, path: bytes) -> bytes:
 
 def load(memory: Any, inode: Any, image: Elf, base: int) -> int:
     """Its segments as areas: pages of the file, and zeroes after them. Where the last one ends."""
-    end = 0
+    end, tails = 0, []
     for segment in image.segments:
         address = base + segment.address
         start, stored = address & -PAGE_SIZE, address + segment.size
@@ -167,7 +168,10 @@ def load(memory: Any, inode: Any, image: Elf, base: int) -> int:
         if page_up(end) > bss:
             memory.map(bss, page_up(end) - bss, segment.prot)
         if segment.size and end > stored and stored % PAGE_SIZE and segment.prot & PROT_WRITE:
-            memory.copy_out(stored, bytes(page_up(stored) - stored))  # all of the page: ld.so allocates behind its end
+            tails.append((stored, page_up(stored) - stored))  # all of the page: ld.so allocates behind its end
+    memory.anticipate(base + image.segments[0].address, end)
+    for stored, size in tails:
+        memory.copy_out(stored, bytes(size))
     return end
 
 

@@ -6,9 +6,11 @@ the cache's own, hold it; at 0 it is free. The kernel sees every frame at `addre
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -74,6 +76,18 @@ class Frames:
             memory.zero(self._base + pfn * PAGE_SIZE, PAGE_SIZE)
         return pfn
 
+    def alloc_many(self, count: int) -> list[int]:
+        """As many as there are without taking them from anybody, at most `count`, zeroed, in order: what lies together is one
+        host mapping."""
+        with contextlib.suppress(Errno):
+            while len(self._free) < count:
+                self._more()
+        pfns = [heappop(self._free) for _ in range(min(count, len(self._free)))]
+        self.references.update(dict.fromkeys(pfns, 1))
+        for first, nr in _runs(pfns):
+            memory.zero(self._base + first * PAGE_SIZE, nr * PAGE_SIZE)
+        return pfns
+
     def copy(self, pfn: int) -> int:
         """A frame of its own with the same bytes. Raises Errno(ENOMEM)."""
         new = self.alloc(zeroed=False)
@@ -101,7 +115,7 @@ class Frames:
             except MemoryError:  # none that lie together
                 nr //= 2
                 continue
-            self._free = sorted(pages.pfns)
+            self._free = sorted([*self._free, *pages.pfns])
             return
         if not self._free and nr > 1 and self._source.nr_free > TABLE_RESERVE:
             self._free.extend(self._source.alloc(1).pfns)
@@ -125,6 +139,12 @@ class Cached(dict[int, int]):
     def __del__(self) -> None:
         for pfn in self.values():
             self.frames.drop(pfn)
+
+
+def _runs(pfns: list[int]) -> list[tuple[int, int]]:
+    """(first, count) of what lies together in a sorted list."""
+    starts = [i for i, pfn in enumerate(pfns) if not i or pfns[i - 1] != pfn - 1]
+    return [(pfns[at], end - at) for at, end in pairwise([*starts, len(pfns)])]
 
 
 class PageCache:
@@ -164,6 +184,11 @@ class PageCache:
         pages = Cached(self._frames)
         pages[0] = pfn
         self._files[inode] = inode.generation, pages
+
+    def cached(self, inode: Inode) -> dict[int, int]:
+        """The frames that there are of a file, by the page's number."""
+        generation, pages = self._files.get(inode) or (-1, {})
+        return pages if generation == inode.generation else {}
 
     def shrink(self) -> int:
         """Give up what no program maps; how many frames."""

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 from domain._guest import ffi
 from domain.memory import Pages
 from domain.posix import boot
-from domain.posix.errors import Errno
 from domain.posix.frames import Frames
 from domain.posix.run import System
-from domain.posix.space import Space
 from domain.posix.termios import ECHO, OPOST
 from domain.posix.tty import Tty
 from domain.posix.userspace import UserSpace
 from domain.posix.vdso import Vdso
-from hypervisor.public.errors import XenError
 from hypervisor.public.layout import KERNEL_PFN, KERNEL_WINDOW, SHARED_INFO_PFN, VIRT_BASE
 from hypervisor.public.types import PAGE_SIZE
 
@@ -35,7 +31,7 @@ HIGH_WATER = 16 << 10  # bytes that wait for whoever reads the console, before p
 
 async def main(kernel: Kernel) -> int:
     """Boot, run the first program; its exit code, 128 + N for one that signal N ended."""
-    system = System(kernel, Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE), lambda: new_space(kernel))
+    system = System(kernel, Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE), lambda: UserSpace(kernel))
     system.vdso = Vdso(system.cache, SHARED_INFO_PFN)
     try:
         arguments = [os.fsencode(word) for word in shlex.split(kernel.cmdline)] or [b"/bin/sh"]
@@ -50,14 +46,6 @@ async def main(kernel: Kernel) -> int:
     status = await system.run(init)
     await kernel.console.drained()
     return SIGNALLED + (status & 0x7F) if status & 0x7F else status >> 8
-
-
-def new_space(kernel: Kernel) -> Space:
-    """A process for an address space, from domain/user.py. Raises MemoryError, Errno(EAGAIN): there is none to be had."""
-    try:
-        return UserSpace(kernel)
-    except XenError as error:
-        raise Errno(errno.EAGAIN) from error
 
 
 def _archive(kernel: Kernel) -> memoryview:

@@ -3,7 +3,10 @@
 `pages` is the authority: page number -> frame and what its entry allows now. The tables follow it, edits collected until
 `flush`, which the run loop calls before the program runs. A page is filled when it is first touched, a few around it as well
 (a fault is two hundred times the price of a page); a page that two spaces share privately is read-only in both, and copied when
-one writes.
+one writes. Pages that were copied after a fork are copied by the next one at once, which is cheaper by two faults.
+
+A frame that leaves a space falls when `flush` has taken it out of the tables, never before: its program may be running,
+whatever it told the kernel.
 """
 
 from __future__ import annotations
@@ -28,25 +31,34 @@ from domain.posix.vma import (
 from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
 
 AROUND, AROUND_BIG, BIG = 16, 64, 1 << 20
+MAX_AROUND = 256  # of a program that goes through its memory
 OK, MAPERR, ACCERR, BUSERR = range(4)  # what a fault comes to; 1 and 2 are SEGV_MAPERR and SEGV_ACCERR
 READABLE, WRITABLE = 2, 1  # low bits of a value of `pages`; the frame is above them
 STRING_MAX = 4096
+MAX_HOT = 32  # pages that a fork copies at once
 
 
 class PageTable(Protocol):
     """Where entries go: domain.posix.pagetable, or a stand-in."""
 
     def map(self, page: int, pfn: int, write: bool, execute: bool) -> None: ...
+    def map_all(self, pages: dict[int, int], execute: bool) -> None: ...
     def unmap(self, page: int) -> None: ...
     def clear(self) -> None: ...
     def flush(self) -> None: ...
+    def expel(self) -> None: ...
 
 
 class Memory:
-    """One address space. `users`: how many tasks run in it."""
+    """One address space. `users`: how many tasks run in it; `program`: for spaces.py."""
 
-    def __init__(self, frames: Frames, cache: PageCache, table: PageTable) -> None:
+    def __init__(self, frames: Frames, cache: PageCache, table: PageTable, left: dict[int, int] | None = None) -> None:
+        """`left`: the pages of a former program that the table still shows; their frames are ours from here on."""
         self.frames, self.cache, self.table = frames, cache, table
+        self._left = left or {}
+        self._leaving: list[int] = []  # frames that fall with the next flush
+        self.hot: set[int] = set()  # pages copied since a fork; of all relatives by fork
+        self.program = 0, False  # of which file, and whether it is a fork of one that runs it
         self.areas = Areas()
         self.pages: dict[int, int] = {}
         self.brk_start = self.brk_end = 0
@@ -79,8 +91,7 @@ class Memory:
         end = address + page_up(size)
         for vma in self.areas.carve(address, end):
             for page in self._present(vma.start, vma.end):
-                self.table.unmap(page)
-                self.frames.drop(self.pages.pop(page) >> 2)
+                self._remove(page)
 
     def protect(self, address: int, size: int, prot: int) -> None:
         """Raises Errno(ENOMEM): part of it is no area of ours; nothing is changed."""
@@ -102,7 +113,10 @@ class Memory:
         if new > old:
             if self.areas.overlapping(old, new + PAGE_SIZE):
                 return self.brk_end
-            self.areas.insert(Vma(old, new, PROT_READ | PROT_WRITE))
+            heap = Vma(old, new, PROT_READ | PROT_WRITE)
+            self.areas.insert(heap)
+            for page in range(old >> PAGE_SHIFT, min(new >> PAGE_SHIFT, (old >> PAGE_SHIFT) + AROUND)):
+                self._fill(page, self.areas.find(old) or heap)  # what it asks for it will write
         elif new < old:
             self.unmap(new, old - new)
         self.brk_end = address
@@ -139,8 +153,7 @@ class Memory:
             self.table.unmap(page)
             self._install(page + (place - address >> PAGE_SHIFT), pfn, moved)
         for page in self._present(address, address + old):
-            self.table.unmap(page)
-            self.frames.drop(self.pages.pop(page) >> 2)
+            self._remove(page)
         return place
 
     def discard(self, start: int, end: int) -> None:
@@ -148,8 +161,11 @@ class Memory:
         for vma in self.areas.overlapping(start, end):
             if not vma.shared:
                 for page in self._present(max(start, vma.start), min(end, vma.end)):
-                    self.table.unmap(page)
-                    self.frames.drop(self.pages.pop(page) >> 2)
+                    self._remove(page)
+
+    def _remove(self, page: int) -> None:
+        self.table.unmap(page)
+        self._leaving.append(self.pages.pop(page) >> 2)
 
     def _present(self, start: int, end: int) -> list[int]:
         """The pages in [start, end) that have a frame."""
@@ -174,8 +190,11 @@ class Memory:
             return OK
         if vma.file is not None and vma.offset + address - vma.start >= page_up(vma.file.size):
             return BUSERR
-        first = max(vma.start >> PAGE_SHIFT, page & -vma.around)
-        for near in range(first, min(vma.end >> PAGE_SHIFT, (page & -vma.around) + vma.around)):
+        around = self._around(page, vma)
+        if vma.file is None:
+            self._fill_zeroed([near for near in around if near not in self.pages], page, vma)
+            return OK
+        for near in around:
             if near not in self.pages:
                 try:
                     self._fill(near, vma)
@@ -186,10 +205,37 @@ class Memory:
             self._own(page, vma)
         return OK
 
+    def _around(self, page: int, vma: Vma) -> range:
+        """The pages that a fault fills: those around it, and ever more where one fault follows the other."""
+        first = page & -vma.around
+        if page != vma.ahead or vma.file is not None or self.frames.free < 8 * MAX_AROUND:
+            vma.reach = vma.around
+        else:
+            first, vma.reach = page, min(2 * vma.reach, MAX_AROUND)
+        vma.ahead = min(vma.end >> PAGE_SHIFT, first + vma.reach)
+        return range(max(vma.start >> PAGE_SHIFT, first), vma.ahead)
+
+    def _fill_zeroed(self, empty: list[int], page: int, vma: Vma) -> None:
+        """Frames of zeroes for pages that have none, all alike; where there are too few, `page` is the last to be without.
+        Raises Errno(ENOMEM)."""
+        for near in [near for near in empty if near in self._left]:
+            self._install(near, self._fresh(near), vma)
+            empty.remove(near)
+        pfns = self.frames.alloc_many(len(empty))
+        if len(pfns) < len(empty) and page not in self.pages:
+            empty = [page]
+            pfns = pfns or [self.frames.alloc()]
+            for pfn in pfns[1:]:
+                self.frames.drop(pfn)
+        rights = READABLE | (WRITABLE if vma.prot & PROT_WRITE else 0)
+        filled = {near: pfn << 2 | rights for near, pfn in zip(empty, pfns, strict=False)}
+        self.pages.update(filled)
+        self.table.map_all(filled, bool(vma.prot & PROT_EXEC))
+
     def _fill(self, page: int, vma: Vma) -> None:
         """A frame for a page that has none."""
         if vma.file is None:
-            self._install(page, self.frames.alloc(), vma)
+            self._install(page, self._fresh(page), vma)
             return
         offset = vma.offset + (page << PAGE_SHIFT) - vma.start
         if offset < vma.file.size:
@@ -197,15 +243,49 @@ class Memory:
             self.frames.hold(pfn)
             self._install(page, pfn, vma)
 
+    def anticipate(self, start: int, end: int) -> None:
+        """What faults of a new program would come to, as far as it costs nothing but entries: the pages of its file that are
+        cached, and those it will write because the former program of its table did. Raises Errno(ENOMEM)."""
+        references = self.frames.references
+        for vma in self.areas.overlapping(start, end):
+            cached = self.cache.cached(vma.file) if vma.file is not None else {}
+            shift = (vma.start - vma.offset) >> PAGE_SHIFT
+            first, last = vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT
+            if vma.prot & PROT_WRITE and not vma.shared:
+                for page in [page for page in self._left if first <= page < last and page not in self.pages]:
+                    source = cached.get(page - shift, -1)
+                    if references[self._left[page] >> 2] == 1 and (vma.file is None or source >= 0):
+                        self._install(page, self._fresh(page, source), vma)
+            for index, pfn in cached.items():
+                page = index + shift
+                if first <= page < last and page not in self.pages:
+                    references[pfn] += 1
+                    self._install(page, pfn, vma)
+
     def _own(self, page: int, vma: Vma) -> None:
         """It may be written: copied first where anybody else has it."""
         value = self.pages[page]
         pfn = value >> 2
         if not vma.shared and self.frames.references[pfn] > 1:
-            new = self.frames.copy(pfn)
-            self.frames.drop(pfn)
+            new = self._fresh(page, pfn)
+            self._leaving.append(pfn)
             pfn = new
+            if len(self.hot) < MAX_HOT:
+                self.hot.add(page)
         self._install(page, pfn, vma)
+
+    def _fresh(self, page: int, source: int = -1) -> int:
+        """A frame of our own for a page: zeroes, or a copy of `source`. The one that the former program had there, if it can
+        be had: then the table needs no change. Raises Errno(ENOMEM)."""
+        pfn = self._left.get(page, -1) >> 2
+        if pfn < 0 or self.frames.references[pfn] > 1:
+            return self.frames.alloc() if source < 0 else self.frames.copy(source)
+        del self._left[page]
+        if source < 0:
+            memory.zero(self.frames.address(pfn), PAGE_SIZE)
+        else:
+            memory.copy(self.frames.address(pfn), self.frames.address(source), PAGE_SIZE)
+        return pfn
 
     def _install(self, page: int, pfn: int, vma: Vma) -> None:
         """The entry that the area allows: one that others share privately is read-only."""
@@ -273,32 +353,73 @@ class Memory:
 
     # ---- lives
 
-    def fork(self, table: PageTable) -> Memory:
-        """The child's: the same areas and frames, private ones read-only in both from here on. Raises Errno(ENOMEM)."""
-        child = Memory(self.frames, self.cache, table)
+    def flush(self) -> None:
+        """The tables say what `pages` says, and nothing else has a mapping. Raises MemoryError, XenError."""
+        for page in self._left:
+            if page not in self.pages:
+                self.table.unmap(page)
+        self.table.flush()
+        for value in self._left.values():
+            self.frames.drop(value >> 2)
+        for pfn in self._leaving:
+            self.frames.drop(pfn)
+        self._left, self._leaving = {}, []
+
+    def fork(self, table: PageTable, left: dict[int, int] | None = None) -> Memory:
+        """The child's: the same areas and frames, private ones read-only in both from here on; those that the child would
+        write at once are copied. Raises Errno(ENOMEM)."""
+        child = Memory(self.frames, self.cache, table, left)
         child.areas = self.areas.copy()
         child.brk_start, child.brk_end = self.brk_start, self.brk_end
-        references = self.frames.references
-        for vma in self.areas:
-            execute = bool(vma.prot & PROT_EXEC)
-            for page in self._present(vma.start, vma.end):
-                value = self.pages[page]
-                pfn = value >> 2
-                references[pfn] += 1
-                if value & WRITABLE and not vma.shared:
-                    value &= ~WRITABLE
-                    self.pages[page] = value
-                    self.table.map(page, pfn, False, execute)
-                child.pages[page] = value
-                if value & READABLE:
-                    table.map(page, pfn, bool(value & WRITABLE), execute)
+        child.hot, child.program = self.hot, (self.program[0], True)
+        try:
+            for vma in self.areas:
+                self._share(vma, child)
+        except Errno:
+            child.clear()
+            raise
         return child
 
+    def _share(self, vma: Vma, child: Memory) -> None:
+        """An area's pages, with a child that is being made."""
+        present, execute = self._present(vma.start, vma.end), bool(vma.prot & PROT_EXEC)
+        if vma.prot & PROT_WRITE and not vma.shared:
+            present = [page for page in present if not self._copied(page, vma, child)]
+        references, left, pages = self.frames.references, child._left, {page: self.pages[page] for page in present}
+        for page, value in pages.items():
+            if left.get(page) == value:
+                del left[page]  # and its reference is the child's
+            else:
+                references[value >> 2] += 1
+        child.pages.update(pages)
+        child.table.map_all(pages, execute)
+
+    def _copied(self, page: int, vma: Vma, child: Memory) -> bool:
+        """Whether the child has a copy of a private page; else it is read-only here."""
+        value = self.pages[page]
+        if page in self.hot if value & WRITABLE else self.frames.references.get(child._left.get(page, -1) >> 2) == 1:
+            child._install(page, child._fresh(page, value >> 2), vma)
+            return True
+        if value & WRITABLE:
+            self.pages[page] = value & ~WRITABLE
+            self.table.map(page, value >> 2, False, bool(vma.prot & PROT_EXEC))
+        return False
+
+    def leave(self) -> dict[int, int]:
+        """Its last program has ended. What its tables show stays as it is, and so do the frames: they are the caller's, for
+        the Memory that has the table next. Raises MemoryError, XenError."""
+        if self._left or self._leaving:
+            self.flush()
+        left, self.pages, self.areas = self.pages, {}, Areas()
+        return left
+
     def clear(self) -> None:
-        """Empty: what execve begins with, and exit ends with."""
+        """Empty, tables too."""
         self.table.clear()
-        for value in self.pages.values():
+        for value in (*self.pages.values(), *self._left.values()):
             self.frames.drop(value >> 2)
-        self.pages.clear()
+        for pfn in self._leaving:
+            self.frames.drop(pfn)
+        self._left, self._leaving, self.pages = {}, [], {}
         self.areas = Areas()
         self.brk_start = self.brk_end = 0

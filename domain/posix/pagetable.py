@@ -1,8 +1,8 @@
 """Page tables of a program's address space: frames of this domain, validated by the hypervisor.
 
 A new table is written while it is still an ordinary page of ours, then made read-only and named by the table above: one
-validation in C for 512 entries. Entries of tables in force go through the queue of updates, many a call. So a fork is the
-child's tables written by plain stores, and one batch.
+validation in C for 512 entries. Entries of tables in force go through the queue of updates, many a call, and only where they
+change: so a fork into a table that shows the last fork is a handful of them, or none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LEVEL_BITS = 9
 SLOTS = ENTRIES - 1
-USER = Pte.PRESENT | Pte.US | Pte.A
+USER = int(Pte.PRESENT | Pte.US | Pte.A)
+WRITE, NO_EXECUTE = int(Pte.RW | Pte.D), int(Pte.NX)
 
 
 class UserTable:
@@ -35,6 +36,9 @@ class UserTable:
         self._l1: dict[int, int] = {}  # page >> 9: machine address of the table
         self._l2: dict[int, int] = {}  # page >> 18: likewise
         self._new: dict[int, array[int]] = {}  # page >> 9: a table that is not in force yet
+        self._shown: dict[int, int] = {}  # page: its entry, when all that was asked for is in force
+        self._code: set[int] = set()  # page >> 9: tables that had entries for code
+        self._hidden: set[int] = set()  # page >> 9: those that no L2 names, until the next flush
         self.root = self._memory.alloc(1).pfn
         self._memory.show([self.root], TABLE)
         self._queue.run((MmuextCommand.PIN_L3, self.root_mfn, 0))
@@ -45,11 +49,34 @@ class UserTable:
 
     def map(self, page: int, pfn: int, write: bool, execute: bool) -> None:
         """Show our frame at a page, in place of what was there."""
-        flags = int(USER) | (int(Pte.RW | Pte.D) if write else 0) | (0 if execute else int(Pte.NX))
-        self._put(page, self._memory.p2m[pfn] << PAGE_SHIFT | flags)
+        value = self._memory.p2m[pfn] << PAGE_SHIFT | (USER | WRITE if write else USER) | (0 if execute else NO_EXECUTE)
+        if self._shown.get(page) != value:
+            self._shown[page] = value
+            self._put(page, value)
+            if execute:
+                self._code.add(page >> LEVEL_BITS)
+
+    def map_all(self, pages: dict[int, int], execute: bool) -> None:
+        """As `map`, for many: what they are to be is of memory.Memory.pages. Where nothing changes it costs 0.1 us a page."""
+        p2m, shown = self._memory.p2m, self._shown
+        rights = [flags | (0 if execute else NO_EXECUTE) for flags in (0, 0, USER, USER | WRITE)]
+        words = array("Q")
+        for page, value in pages.items():
+            wanted = p2m[value >> 2] << PAGE_SHIFT | rights[value & 3]
+            if shown.get(page) == wanted:
+                continue
+            table = self._l1.get(page >> LEVEL_BITS)
+            if not value & 2:
+                self.unmap(page)
+            elif execute or table is None:
+                self.map(page, value >> 2, bool(value & 1), execute)
+            else:
+                shown[page] = wanted
+                words.extend((table | (page & SLOTS) << 3, wanted))
+        self._queue.put_all(words)
 
     def unmap(self, page: int) -> None:
-        if page >> LEVEL_BITS in self._l1 or page >> LEVEL_BITS in self._new:
+        if self._shown.pop(page, 0):
             self._put(page, 0)
 
     def _put(self, page: int, value: int) -> None:
@@ -63,31 +90,62 @@ class UserTable:
         new[page & SLOTS] = value
 
     def flush(self) -> None:
-        """All of it is in force."""
+        """All of it is in force. Raises MemoryError: no page for a table; nothing is lost, and it can be tried again."""
         if self._new:
             self._add_tables()
+        for number in self._hidden:
+            self._name(number, self._l1[number])
+        self._hidden = set()
         self._queue.flush()
+
+    def expel(self) -> None:
+        """Tables with code are named by nobody until the next flush: whoever still runs in this space faults, and waits in the
+        gate then. Asked for now, in force with `expelled`. Two requests and no work an entry."""
+        self._hidden = {number for number in self._code if number in self._l1}
+        for number in self._hidden:
+            self._name(number, 0)
+        self._queue.post()
+
+    def expelled(self) -> None:
+        self._queue.settle()
+
+    def _name(self, number: int, table: int) -> None:
+        """An L2's entry for an L1 at a machine address, or for none."""
+        at = self._l2[number >> LEVEL_BITS] | (number & SLOTS) << 3
+        self._queue.put(at, entry(table >> PAGE_SHIFT, UPPER) if table else 0)
 
     def _add_tables(self) -> None:
         """New L1s, then new L2s that name them, then the root's entries: each is good when the one above names it."""
-        upper: dict[int, array[int]] = {}
+        tops = {number >> LEVEL_BITS for number in self._new} - self._l2.keys()
+        pages = self._take(len(self._new) + len(tops))
+        upper = {top: array("Q", bytes(PAGE_SIZE)) for top in tops}
         for number, entries in self._new.items():
-            mfn = self._table(entries, self._l1_pages)
+            mfn = self._table(entries, pages.pop(), self._l1_pages)
             self._l1[number] = mfn << PAGE_SHIFT
-            above = self._l2.get(number >> LEVEL_BITS)
-            if above is not None:
-                self._queue.put(above | (number & SLOTS) << 3, entry(mfn, UPPER))
+            if number >> LEVEL_BITS in tops:
+                upper[number >> LEVEL_BITS][number & SLOTS] = entry(mfn, UPPER)
             else:
-                upper.setdefault(number >> LEVEL_BITS, array("Q", bytes(PAGE_SIZE)))[number & SLOTS] = entry(mfn, UPPER)
+                self._name(number, mfn << PAGE_SHIFT)
         self._new = {}
-        for number, entries in upper.items():
-            mfn = self._table(entries, self._l2_pages)
-            self._l2[number] = mfn << PAGE_SHIFT
-            self._queue.put(self.root_mfn << PAGE_SHIFT | number << 3, entry(mfn, UPPER))
+        for top, entries in upper.items():
+            mfn = self._table(entries, pages.pop(), self._l2_pages)
+            self._l2[top] = mfn << PAGE_SHIFT
+            self._queue.put(self.root_mfn << PAGE_SHIFT | top << 3, entry(mfn, UPPER))
 
-    def _table(self, entries: array[int], pages: list[int]) -> int:
+    def _take(self, count: int) -> list[Pages]:
+        """Raises MemoryError, with nothing taken."""
+        pages: list[Pages] = []
+        try:
+            while len(pages) < count:
+                pages.append(self._memory.alloc(1))
+        except MemoryError:
+            for page in pages:
+                self._memory.free(page)
+            raise
+        return pages
+
+    def _table(self, entries: array[int], page: Pages, pages: list[int]) -> int:
         """A page with these entries, which this kernel will not write any more; its mfn. It is one of `pages` then."""
-        page = self._memory.alloc(1)
         memory.write(page.address, memoryview(entries).cast("B"))
         self._memory.show(page.pfns, TABLE)
         pages.append(page.pfn)
@@ -95,9 +153,9 @@ class UserTable:
 
     def clear(self) -> None:
         """Empty, in force at once. The L1s are free pages again; the few L2s stay, for the next program."""
-        self._new = {}
+        self._new, self._shown, self._code, self._hidden = {}, {}, set(), set()
         for number in self._l1:
-            self._queue.put(self._l2[number >> LEVEL_BITS] | (number & SLOTS) << 3, 0)
+            self._name(number, 0)
         self._give_back(self._l1_pages)
         self._l1_pages, self._l1 = [], {}
 

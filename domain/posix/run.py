@@ -21,6 +21,7 @@ from domain.posix.futex import Futexes
 from domain.posix.memory import ACCERR, BUSERR, OK, Memory
 from domain.posix.signals import Info
 from domain.posix.space import DEAD, EXCEPTION, FAULT, SYSCALL, TIMEOUT, Space
+from domain.posix.spaces import Program, Spaces
 from domain.posix.task import Process, Task
 from domain.posix.wait import parts
 from hypervisor.public.traps import PF_FETCH, PF_WRITE
@@ -43,8 +44,8 @@ class System:
     def __init__(self, kernel: Kernel, frames: Frames, new_space: Callable[[], Space]) -> None:
         self.kernel, self.frames, self.cache = kernel, frames, PageCache(frames)
         self.now_ns, self.wall_ns = kernel.now_ns, kernel.wall_ns
-        self._new_space = new_space
-        self.idle_spaces: list[Space] = []
+        self.spaces = Spaces(frames, new_space)
+        frames.shrink = lambda: self.spaces.shrink() + self.cache.shrink()
         self.processes: dict[int, Process] = {}
         self.tasks: dict[int, Task] = {}
         self.futexes = Futexes()
@@ -92,46 +93,45 @@ class System:
     # ---- address spaces
 
     def new_memory(self) -> Memory:
-        """An empty address space in a process of its own. Raises Errno(ENOMEM)."""
-        return Memory(self.frames, self.cache, self.new_space())
+        """An empty address space in a process of its own. Raises Errno(ENOMEM, EAGAIN)."""
+        return Memory(self.frames, self.cache, *self.spaces.take((0, False)))
 
-    def new_space(self) -> Space:
-        """Raises Errno(ENOMEM)."""
-        if self.idle_spaces:
-            return self.idle_spaces.pop()
+    def fork_memory(self, memory: Memory) -> Memory:
+        """A copy in a process of its own. Raises Errno(ENOMEM, EAGAIN)."""
+        space, left = self.spaces.take((memory.program[0], True))
         try:
-            return self._new_space()
-        except MemoryError:
-            raise Errno(errno.ENOMEM) from None
+            return memory.fork(space, left)
+        except Errno:
+            self.spaces.put(Memory(self.frames, self.cache, space))
+            raise
 
     def leave_memory(self, memory: Memory) -> None:
         """A task that ran in it does so no more."""
         memory.users -= 1
         if not memory.users:
-            memory.clear()
-            space: Any = memory.table
-            if space.dead:
-                space.destroy()
-            else:
-                self.idle_spaces.append(space)
+            self.spaces.put(memory)
 
-    def become(self, task: Task) -> None:
-        """What execve begins with: one thread, an empty space that is its own, handlers forgotten."""
-        process = task.process
-        for other in list(process.tasks):
-            if other is not task:
-                other.end()
-        if task.memory.users > 1:
-            memory = self.new_memory()
+    def become(self, task: Task, program: Program) -> None:
+        """What execve begins with: one thread, an empty space that is its own, handlers forgotten. Raises Errno(ENOMEM,
+        EAGAIN), with nothing changed, where others share its memory and it can have no other."""
+        process, old = task.process, task.memory
+        others = [other for other in process.tasks if other is not task]
+        found = self.spaces.find(program)
+        if found is None and old.users > 1 + len(others):
+            found = self.spaces.take(program)
+        for other in others:
+            other.end()
+        if found is not None:
             self.unload(task)
-            task.memory.users -= 1
-            task.memory = memory
+            task.memory = Memory(self.frames, self.cache, *found)
+            self.leave_memory(old)
         else:
-            task.memory.clear()
+            task.memory = Memory(self.frames, self.cache, old.table, old.leave())
+        task.memory.program = program
         task.clear_tid = task.robust_list = 0
         task.altstack = (0, 0)
-        ignored = signals.SIG_IGN, signals.SIG_DFL
-        process.actions = [signals.Action(ignored[action.handler != signals.SIG_IGN]) for action in process.actions]
+        ignored, default = signals.Action(signals.SIG_IGN), signals.Action()
+        process.actions = [ignored if action.handler == signals.SIG_IGN else default for action in process.actions]
         if task.files.users > 1:
             files = task.files.fork()
             task.files.release()
@@ -239,7 +239,7 @@ class System:
                 return
             space = self.load(task)
             try:
-                space.flush()
+                self._flush(task.memory)
             except MemoryError:
                 self._out_of_memory(task)
                 return
@@ -268,6 +268,14 @@ class System:
                     self.counters["preemptions"] += 1
                 self.ready(task)
                 return
+
+    def _flush(self, memory: Memory) -> None:
+        """Raises MemoryError: there is no page for a table, not even one that an idle space has."""
+        try:
+            memory.flush()
+        except MemoryError:
+            self.spaces.shrink()
+            memory.flush()
 
     # ---- traps
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from domain.posix import registers as r
@@ -54,7 +54,7 @@ class Info:
         return struct.pack("<iiii", self.signo, 0, self.code, 0) + self.rest.ljust(SIGINFO_BYTES - 16, b"\0")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Action:
     handler: int = SIG_DFL
     flags: int = 0
@@ -143,7 +143,7 @@ def force(task: Task, info: Info) -> None:
     """A fault of the program's own: it cannot be blocked or ignored (force_sig_info)."""
     action, bit = task.process.actions[info.signo], 1 << info.signo - 1
     if task.blocked & bit or action.handler == SIG_IGN:
-        action.handler = SIG_DFL
+        action = task.process.actions[info.signo] = replace(action, handler=SIG_DFL)
     task.blocked &= ~bit
     if action.handler == SIG_DFL:
         task.process.exit(info.signo)
@@ -207,7 +207,7 @@ def _enter(task: Task, action: Action, info: Info) -> None:
     regs[r.RIP], regs[r.RSP] = action.handler, at
     regs[r.EFLAGS] = regs[r.EFLAGS] & ~(r.FLAG_DF | r.FLAG_RF | r.FLAG_TF)
     if action.flags & SA_RESETHAND:
-        action.handler = SIG_DFL
+        task.process.actions[info.signo] = replace(action, handler=SIG_DFL)
 
 
 def sigreturn(task: Task) -> None:

@@ -37,6 +37,14 @@ class Space:
     def map(self, page: int, pfn: int, write: bool, execute: bool) -> None:
         raise NotImplementedError
 
+    def map_all(self, pages: dict[int, int], execute: bool) -> None:
+        """Values of Memory.pages."""
+        for page, value in pages.items():
+            if value & 2:
+                self.map(page, value >> 2, bool(value & 1), execute)
+            else:
+                self.unmap(page)
+
     def unmap(self, page: int) -> None:
         raise NotImplementedError
 
@@ -46,12 +54,18 @@ class Space:
     def flush(self) -> None:
         raise NotImplementedError
 
-    def run(self, timeout_ns: int) -> int:
-        """Let the program go on, at most so long (-1: for ever); why it came back."""
-        raise NotImplementedError
+    def expel(self) -> None:
+        """Begin to take the code away from whoever still runs in its process."""
+
+    def expelled(self) -> None:
+        """It is gone: the only thread there waits for its registers, or will when it next has the CPU."""
 
     def destroy(self) -> None:
-        """Of an empty one: it is used no more."""
+        """Its process ends."""
+        raise NotImplementedError
+
+    def run(self, timeout_ns: int) -> int:
+        """Let the program go on, at most so long (-1: for ever); why it came back."""
         raise NotImplementedError
 
     def show(self, task: Task) -> None:

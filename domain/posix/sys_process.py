@@ -6,18 +6,15 @@ import errno
 import signal
 import struct
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from domain.posix import exec as program
 from domain.posix import registers as r
 from domain.posix.errors import Errno
-from domain.posix.signals import NSIG, Action, Info
+from domain.posix.signals import NSIG, Info
 from domain.posix.table import signed32, syscall
 from domain.posix.task import Process, Task
 from domain.posix.wait import Wait
-
-if TYPE_CHECKING:
-    from domain.posix.memory import Memory
 
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND = 0x100, 0x200, 0x400, 0x800
 CLONE_VFORK, CLONE_PARENT, CLONE_THREAD, CLONE_SETTLS = 0x4000, 0x8000, 0x1_0000, 0x8_0000
@@ -46,7 +43,7 @@ def clone(task: Task, flags: int, stack: int, parent_tid: int, child_tid: int, t
     if flags & CLONE_VM:
         memory.users += 1
     else:
-        memory = _fork_memory(task)
+        memory = system.fork_memory(memory)
     process = task.process if flags & CLONE_THREAD else _child(task, flags, exit_signal)
     files = task.files.share() if flags & CLONE_FILES else task.files.fork()
     child = Task(process, memory, files, task.fs if flags & CLONE_FS else task.fs.fork())
@@ -70,16 +67,6 @@ def clone(task: Task, flags: int, stack: int, parent_tid: int, child_tid: int, t
     return _vfork(process, child.tid) if flags & CLONE_VFORK else child.tid
 
 
-def _fork_memory(task: Task) -> Memory:
-    space = task.system.new_space()
-    try:
-        return task.memory.fork(space)
-    except BaseException:
-        space.clear()
-        task.system.idle_spaces.append(space)
-        raise
-
-
 def _child(task: Task, flags: int, exit_signal: int) -> Process:
     parent = task.process.parent if flags & CLONE_PARENT and task.process.parent else task.process
     process = Process(task.system, parent)
@@ -89,7 +76,7 @@ def _child(task: Task, flags: int, exit_signal: int) -> Process:
     if flags & CLONE_SIGHAND:
         process.actions = own.actions
     else:
-        process.actions = [Action(a.handler, a.flags, a.restorer, a.mask) for a in own.actions]
+        process.actions = list(own.actions)
     return process
 
 

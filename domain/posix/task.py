@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from domain.posix.vfs import FsContext
 
 Blocked = Generator[Wait, Any, int | None]
+DEFAULT = Action()
 
 
 class Process:
@@ -42,7 +43,7 @@ class Process:
         self.uid = self.gid = 0
         self.tasks: list[Task] = []
         self.children: list[Process] = []
-        self.actions: list[Action] = [Action() for _ in range(signals.NSIG + 1)]
+        self.actions: list[Action] = [DEFAULT] * (signals.NSIG + 1)
         self.pending = Pending()
         self.exit_signal = int(signal.SIGCHLD)
         self.death_signal = 0  # for it, when its parent ends

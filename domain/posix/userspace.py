@@ -6,38 +6,43 @@ from typing import TYPE_CHECKING
 
 from domain import user
 from domain.posix.pagetable import UserTable
-from domain.posix.space import DEAD, SYSCALL, Space
-from hypervisor.public.errors import XenError
+from domain.posix.registers import RIP
+from domain.posix.space import DEAD, SYSCALL, UPCALL, Space
+from hypervisor.public.errors import NoSpace
 from hypervisor.public.user import CONTROL_PAGES
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
 
 
+ANSWER_NS = 100_000_000
+
+
 class UserSpace(Space):
-    """Raises MemoryError, XenError. It is used again by another process when its own has ended, unless it is dead."""
+    """Raises MemoryError, XenError: nothing is held then. It is used again by another process when its own has ended."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
-        self._table = UserTable(kernel)
-        self._memory, self._control = kernel.memory, kernel.memory.alloc(CONTROL_PAGES)
+        self._kernel, self._memory = kernel, kernel.memory
+        self._control = kernel.memory.alloc(CONTROL_PAGES)
         try:
-            self._user = user.UserSpace(kernel, self._table.root_mfn, self._control.pfns)
-        except XenError:
-            self._release()
+            self._table = UserTable(kernel)
+            try:
+                self._user = user.UserSpace(kernel, self._table.root_mfn, self._control.pfns)
+                if self._user.dead:
+                    self._user.destroy()
+                    raise NoSpace("its process died before it began")
+            except BaseException:
+                self._table.destroy()
+                raise
+        except BaseException:
+            kernel.memory.free(self._control)
             raise
         self.registers, self.arguments = self._user.registers, self._user.words  # type: ignore[assignment]
         self.map, self.unmap = self._table.map, self._table.unmap  # type: ignore[method-assign]
+        self.map_all = self._table.map_all  # type: ignore[method-assign]
         self.flush, self.clear = self._table.flush, self._table.clear  # type: ignore[method-assign]
-
-    def destroy(self) -> None:
-        """End its process; what it was made of is the kernel's again."""
-        self._user.destroy()
-        self._release()
-
-    def _release(self) -> None:
-        self._table.destroy()
-        self._memory.free(self._control)
+        self.expel = self._table.expel  # type: ignore[method-assign]
 
     @property
     def fpu(self) -> bytes:
@@ -46,6 +51,14 @@ class UserSpace(Space):
     @fpu.setter
     def fpu(self, state: bytes) -> None:
         self._user.fpu = state
+
+    def expelled(self) -> None:
+        """It is given the turn at address 0: with no code left, only the gate's handler of that fault gives it back."""
+        self._table.expelled()
+        self.registers[RIP] = 0
+        while (kind := self._user.run(ANSWER_NS)) == UPCALL:
+            self._kernel._look(False)
+        self.dead = kind == DEAD
 
     def run(self, timeout_ns: int) -> int:
         user = self._user
@@ -56,3 +69,9 @@ class UserSpace(Space):
             self.address, self.error, self.vector = user.address, user.error, user.vector
             self.dead = kind == DEAD
         return kind
+
+    def destroy(self) -> None:
+        self.dead = True
+        self._user.destroy()
+        self._table.destroy()
+        self._memory.free(self._control)

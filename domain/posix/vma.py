@@ -35,6 +35,8 @@ class Vma:
     file: Any = None
     offset: int = 0
     around: int = 16  # pages that one fault fills
+    reach: int = 16  # as many, of the last one
+    ahead: int = 0  # the page after them: a fault there fills twice as many
 
     def continues(self, other: Vma) -> bool:
         """Whether `other`, which starts where we end, is more of the same."""
@@ -120,5 +122,5 @@ class Areas:
     def copy(self) -> Areas:
         other = Areas()
         other._starts = list(self._starts)
-        other._vmas = [replace(vma) for vma in self._vmas]
+        other._vmas = [Vma(v.start, v.end, v.prot, v.shared, v.file, v.offset, v.around) for v in self._vmas]
         return other

@@ -353,7 +353,7 @@ def runs_of(mfns: list[int]) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize(("nr", "run"), [(1, 4), (4096, 4), (8192, 8), (65536, 64), (1 << 20, CHUNK)])
+@pytest.mark.parametrize(("nr", "run"), [(1, 4), (1024, 4), (4096, 16), (8192, 32), (65536, 64), (1 << 20, CHUNK)])
 def test_run_length(nr: int, run: int) -> None:
     assert run_length(nr) == run
 

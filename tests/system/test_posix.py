@@ -35,6 +35,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tree/bin").mkdir(parents=True)
     program = str(folder / "tree/bin/programs")
     subprocess.run(["gcc", "-O1", "-static", "-pthread", str(SOURCE), "-o", program], check=True)
+    lurker, headers = SOURCE.with_name("lurker.c"), Path(__file__).parents[2] / "hypervisor/public"
+    command = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-I", str(headers), str(lurker), "-o"]
+    subprocess.run([*command, str(folder / "tree/bin/lurker")], check=True)
     out = io.BytesIO()
     ramdisk.build(out, folder / "tree", BUSYBOX)
     (folder / "root.cpio").write_bytes(out.getvalue())
@@ -97,3 +100,17 @@ def test_programs_that_only_compute_share_the_processor(host: Machine, root: Pat
     turns = [int(line.split()[1]) for line in output.splitlines()]
     assert code == 0 and len(turns) == 3
     assert max(turns) < 2 * min(turns), turns
+
+
+def test_who_only_pretends_to_end_sees_nothing_of_the_next(host: Machine, root: Path) -> None:
+    """Its space is the next child's."""
+    assert run(host, root, "lurker") == ("lurked 4, ended 4, seen 0\n", 0)
+
+
+def test_and_sees_it_where_its_code_is_left_to_it(root: Path) -> None:
+    """The test above can fail: a seeded defect."""
+    seeded = Machine(FRAMES, seed="leave_code")
+    try:
+        assert "seen 0" not in run(seeded, root, "lurker")[0]
+    finally:
+        seeded.close()

@@ -40,21 +40,21 @@ async def main(kernel):
     for at in range(0x400000, 0x440000, 65536):
         parent.copy_out(at, b"parent")
     parent.copy_out(high, b"parent")
-    parent.table.flush()
+    parent.flush()
     assert agree(kernel, parent)
     table = UserTable(kernel)
     for turn in range(20):
         asked = kernel.memory.mmu.flushes
         child = parent.fork(table)
-        table.flush()
+        child.flush()
         asked = kernel.memory.mmu.flushes - asked
         assert agree(kernel, parent) and agree(kernel, child)
         child.copy_out(0x400000, b"child!")
-        table.flush()
+        child.flush()
         assert agree(kernel, child) and parent.copy_in(0x400000, 6) == b"parent"
         child.clear()
         parent.copy_out(0x400000, b"parent")
-        parent.table.flush()
+        parent.flush()
         assert agree(kernel, parent) and not entries(kernel, table)
     print(f"{len(parent.pages)} pages, {asked} hypercalls a fork")
     parent.clear()

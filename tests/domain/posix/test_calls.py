@@ -50,6 +50,9 @@ class Still(Space):
     def flush(self) -> None:
         pass
 
+    def destroy(self) -> None:
+        pass
+
     def run(self, timeout_ns: int) -> int:
         return kinds.TIMEOUT
 
@@ -114,6 +117,6 @@ def test_random_calls(seed: int) -> None:
         first.blocked = (1 << 64) - 1
     for process in list(system.processes.values()):
         process.exit(9)
-    system.cache.shrink()
+    system.frames.shrink()
     assert system.frames.used == 0
     assert system.tasks == {}

@@ -105,7 +105,8 @@ class Traced(Space):
 
     def clear(self) -> None:
         self.edits.clear()
-        self._call(11, 0, 1 << 39)
+        if self.pid:
+            self._call(11, 0, 1 << 39)
 
     def flush(self) -> None:
         for page, edit in self.edits.items():
@@ -166,8 +167,10 @@ class Traced(Space):
         return kinds.EXCEPTION
 
     def destroy(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.pid = 0
 
 
 class Kernel(SimpleNamespace):
