@@ -52,7 +52,7 @@ class Spaces:
                 return self._make(), {}
             except (MemoryError, XenError) as error:
                 if not self.idle:
-                    raise Errno(errno.ENOMEM if isinstance(error, MemoryError) else errno.EAGAIN) from None
+                    raise Errno(errno.ENOMEM if isinstance(error, MemoryError) else errno.EAGAIN) from error
         while self.idle:
             if found := self._use(self.idle[0]):
                 return found

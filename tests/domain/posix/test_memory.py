@@ -11,7 +11,10 @@ from domain.posix.errors import Errno
 from domain.posix.frames import TABLE_RESERVE, Frames, PageCache
 from domain.posix.memory import ACCERR, BUSERR, MAPERR, OK, Memory
 from domain.posix.ramfs import RamFile, Ramfs
+from domain.posix.space import Space
+from domain.posix.spaces import Idle, Spaces
 from domain.posix.vma import MMAP_TOP, Areas, Vma
+from hypervisor.public.errors import NoSpace
 from hypervisor.public.types import PAGE_SIZE
 from tests.domain.posix.traced import Machine
 
@@ -408,3 +411,19 @@ def test_a_file_that_nobody_has_is_not_kept_by_its_pages(memory: Memory, frames:
     assert memory.copy_in(BASE + PAGE_SIZE, 4) == b"text"
     memory.clear()
     assert frames.used == 0 and not memory.cache._files
+
+
+def test_a_space_that_is_refused_is_tried_again_by_whoever_forks(frames: Frames) -> None:
+    """An idle one is taken instead; without one it is EAGAIN, and nothing is held."""
+
+    def refuse() -> Space:
+        raise NoSpace("128 applications")
+
+    spaces = Spaces(frames, refuse)
+    with pytest.raises(Errno) as error:
+        spaces.take((1, True))
+    assert error.value.number == errno.EAGAIN and frames.used == 0
+    space = Space()
+    space.clear = lambda: None  # type: ignore[method-assign]
+    spaces.idle.append(Idle(space, {}, (2, False)))
+    assert spaces.take((1, True)) == (space, {}) and not spaces.idle
