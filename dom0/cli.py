@@ -207,6 +207,7 @@ def run(
     vif: Annotated[list[str] | None, typer.Option(help="an IPv4 address, may be repeated")] = None,
     cmdline: Annotated[str, typer.Option(help="handed to the kernel")] = "",
     repl: Annotated[bool, typer.Option("--repl", help="a Python prompt inside a locked domain")] = False,
+    fast: Annotated[bool, typer.Option("--fast-syscalls", help="with --ramdisk: patch system calls in memory")] = False,
 ) -> None:
     """Create a domain, attach its console, remove it at the end; ends with the guest's exit code."""
     from dom0 import terminal
@@ -224,6 +225,7 @@ def run(
         "memory": memory or 16,
         "maxmem": maxmem,
         "cmdline": cmdline,
+        "fast_syscalls": fast,
         "disk": [_disk(text) for text in disk or []],
         "vif": [{"ip": text} for text in vif or []],
     }

@@ -7,6 +7,7 @@
     cmdline = ""                    # handed to the kernel
     weight = 256                    # of the CPU, beside the weights of the others that want it (1 to 65535)
     cap = 0                         # percent of one CPU that it gets at most; 0: no cap
+    fast_syscalls = false           # of a ramdisk: true patches programs' system calls in memory (DESIGN.md, section 5)
     debug = false                   # true: inspectable, shown as "not isolated"
 
     [[disk]]
@@ -85,6 +86,7 @@ class DomainConfig(msgspec.Struct, forbid_unknown_fields=True):
     debug: bool = False
     disk: list[Disk] = []
     vif: Annotated[list[Vif], msgspec.Meta(max_length=8)] = []
+    fast_syscalls: bool = False
 
     def __post_init__(self) -> None:
         if 0 < self.maxmem < self.memory:

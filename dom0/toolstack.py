@@ -197,6 +197,8 @@ class Toolstack:
         for key, pages in (("static-max", guest.static_max), ("target", frames), ("current", frames)):
             await store.write(f"{home}/memory/{key}", pages * PAGE_SIZE >> 10)
         await store.set_perms(f"{home}/memory/current", [f"n{domid}"])
+        if guest.config and guest.config.fast_syscalls:
+            await store.write(f"{home}/fast-syscalls", 1)
 
     def _forget_ended(self) -> None:
         ended = [domid for domid, guest in self.guests.items() if guest.ended.is_set]

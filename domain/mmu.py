@@ -50,6 +50,8 @@ class MmuQueue:
         """Raises XenError: an update was refused. Those before it are in force, those after it are forgotten."""
         if self._updates:
             self._hypercall(self._request())
+        else:
+            self.settle()
 
     def post(self) -> None:
         """As `flush`, but waited for by `settle`, or by the next call."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from domain import memory
 from domain._guest import ffi, lib
@@ -58,15 +58,16 @@ class UserSpace:
         memory.zero(address + PAGE_SIZE // 2, len(mfns))
         self._user: Any = ffi.new("struct user *", {"control": ffi.cast("char *", address), "shared_info": kernel._shared_info})
         self.registers, self.words = self._view("registers"), self._view("arguments")
+        self.came_direct = self._view("direct", "I")  # one word, as `direct`
         if lib.user_begin(self._user, START_NS) == lib.USER_DEAD:
             self.dead = True
         self._fresh = self.fpu
         self.registers[:] = memoryview(struct.pack(f"{COUNT}Q", *(0,) * COUNT)).cast("Q")
         self.registers[CS], self.registers[SS], self.registers[EFLAGS] = USER_CS, USER_SS, 0x202
 
-    def _view(self, field: str) -> memoryview:
+    def _view(self, field: str, word: Literal["Q", "I"] = "Q") -> memoryview:
         """Words of it, as they are now and will be."""
-        return memoryview(ffi.buffer(ffi.addressof(self._user, field))).cast("B").cast("Q")
+        return memoryview(ffi.buffer(ffi.addressof(self._user, field))).cast("B").cast(word)
 
     # ---- running
 

@@ -101,7 +101,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
     loader_base = 0
     if loader is not None:
         span = page_up(loader.segments[-1].address + loader.segments[-1].memory)
-        loader_base = (memory.areas.gap(span) or 0) if loader.kind == ET_DYN else 0
+        loader_base = (memory.room(span, loader_inode) or 0) if loader.kind == ET_DYN else 0
         load(memory, loader_inode, loader, loader_base)
         entry = loader_base + loader.entry
     memory.map(STACK_TOP - STACK_BYTES, STACK_BYTES, PROT_READ | PROT_WRITE, around=8)

@@ -96,6 +96,19 @@ class RegularFile(File):
     whole = True
     seekable = True
     inode: Regular
+    window: Any = None  # where the program has it, while it is lent: windows.py
+    calls, patience = 0, 3  # before it is; twice as many each time that it had to be taken back
+
+    @property
+    def offset(self) -> int:
+        return self.window.position if self.window else self._offset
+
+    @offset.setter
+    def offset(self, place: int) -> None:
+        if self.window:
+            self.window.position = place
+        else:
+            self._offset = place
 
     def read(self, task: Any, count: int) -> bytes:
         data = self.pread(task, count, self.offset)
@@ -241,6 +254,8 @@ class FileTable:
         if file is None:
             raise Errno(errno.EBADF)
 
+        if isinstance(file, RegularFile) and file.window and file.window.files is self and file.window.fd == fd:
+            file.window.close()
         self.cloexec.discard(fd)
         self.hint = min(self.hint, fd)
         locks.release_owner(file.inode, owner or self)

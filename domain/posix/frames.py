@@ -51,6 +51,7 @@ class Frames:
     def __init__(self, source: Source, base: int) -> None:
         self._source, self._base = source, base
         self._free: list[int] = []  # a heap: pages side by side get frames side by side, where the host needs but one mapping
+        self.unmapped: list[int] = []
         self.references: dict[int, int] = {}
         self.shrink: Callable[[], int] = lambda: 0  # gives back what can be made again; how many frames
 
@@ -105,6 +106,15 @@ class Frames:
         else:
             del self.references[pfn]
             heappush(self._free, pfn)
+
+    def drop_unmapped(self, pfn: int) -> None:
+        """Likewise, once the tables that do not show it any more are in force: a program may be running that should not."""
+        self.unmapped.append(pfn)
+
+    def in_force(self) -> None:
+        """All edits of tables are."""
+        while self.unmapped:
+            self.drop(self.unmapped.pop())
 
     def _more(self) -> None:
         """A chunk, or a few pages, or what the cache can spare."""

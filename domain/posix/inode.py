@@ -99,6 +99,9 @@ class Inode:
         """Nobody refers to it: no name, no open file, no mapping. That is when its storage is free, as on Linux."""
         self.fs.released(self)
 
+    def settle(self) -> None:
+        """Its times are what they should be."""
+
     def truncate(self, size: int) -> None:
         raise Errno(errno.EINVAL)
 

@@ -1,6 +1,7 @@
 """The kernel of a domain whose image is a ramdisk: `main` is what domain/kernel.py runs.
 
     cmdline      the first program and its arguments, quoted as a shell would have them
+    fast-syscalls in the store: call sites are patched (sites.py)
     mod_start    the archive, in frames that the programs get once it is unpacked
 """
 
@@ -31,7 +32,8 @@ HIGH_WATER = 16 << 10  # bytes that wait for whoever reads the console, before p
 
 async def main(kernel: Kernel) -> int:
     """Boot, run the first program; its exit code, 128 + N for one that signal N ended."""
-    system = System(kernel, Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE), lambda: UserSpace(kernel))
+    fast = bool(await kernel.store.get("fast-syscalls"))
+    system = System(kernel, Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE), lambda: UserSpace(kernel), fast)
     system.vdso = Vdso(system.cache, SHARED_INFO_PFN)
     try:
         arguments = [os.fsencode(word) for word in shlex.split(kernel.cmdline)] or [b"/bin/sh"]

@@ -15,10 +15,13 @@ import errno
 from typing import Any, Protocol
 
 from domain import memory
-from domain._guest import ffi
+from domain.posix.accesses import ACCERR, BUSERR, MAPERR, OK, READABLE, WRITABLE, Accesses
 from domain.posix.errors import Errno
 from domain.posix.frames import Frames, PageCache
+from domain.posix.low import Low
+from domain.posix.sites import Sites, index_of, patchable
 from domain.posix.vma import (
+    NEAR_END,
     PROT_EXEC,
     PROT_READ,
     PROT_WRITE,
@@ -32,9 +35,6 @@ from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
 
 AROUND, AROUND_BIG, BIG = 16, 64, 1 << 20
 MAX_AROUND = 256  # of a program that goes through its memory
-OK, MAPERR, ACCERR, BUSERR = range(4)  # what a fault comes to; 1 and 2 are SEGV_MAPERR and SEGV_ACCERR
-READABLE, WRITABLE = 2, 1  # low bits of a value of `pages`; the frame is above them
-STRING_MAX = 4096
 MAX_HOT = 32  # pages that a fork copies at once
 
 
@@ -49,16 +49,21 @@ class PageTable(Protocol):
     def expel(self) -> None: ...
 
 
-class Memory:
+class Memory(Accesses):
     """One address space. `users`: how many tasks run in it; `program`: for spaces.py."""
 
-    def __init__(self, frames: Frames, cache: PageCache, table: PageTable, left: dict[int, int] | None = None) -> None:
-        """`left`: the pages of a former program that the table still shows; their frames are ours from here on."""
+    def __init__(
+        self, frames: Frames, cache: PageCache, table: PageTable, left: dict[int, int] | None = None, sites: Sites | None = None
+    ) -> None:
+        """`left`: the pages of a former program that the table still shows; their frames are ours from here on. `sites`: where
+        its system calls are to be patched."""
         self.frames, self.cache, self.table = frames, cache, table
         self._left = left or {}
         self._leaving: list[int] = []  # frames that fall with the next flush
         self.hot: set[int] = set()  # pages copied since a fork; of all relatives by fork
         self.program = 0, False  # of which file, and whether it is a fork of one that runs it
+        self.sites = sites
+        self.low: Low | None = None  # once it has made a patched call
         self.areas = Areas()
         self.pages: dict[int, int] = {}
         self.brk_start = self.brk_end = 0
@@ -75,7 +80,7 @@ class Memory:
         if not size:
             raise Errno(errno.EINVAL)
         if not address:
-            place = self.areas.gap(size)
+            place = self.room(size, file)
             if place is None:
                 raise Errno(errno.ENOMEM)
             address = place
@@ -85,6 +90,11 @@ class Memory:
         around = around or (AROUND_BIG if size >= BIG else AROUND)
         self.areas.insert(Vma(address, address + size, prot & 7, shared, file, offset, around))
         return address
+
+    def room(self, size: int, file: Any) -> int | None:
+        """Where an area fits. Files, among them libraries, lie where their calls can be patched, unless a heap grows there."""
+        near = self.sites is not None and file is not None and self.brk_start >= NEAR_END
+        return (self.areas.gap(size, NEAR_END) if near else None) or self.areas.gap(size)
 
     def unmap(self, address: int, size: int) -> None:
         """Nothing is there any more."""
@@ -143,6 +153,9 @@ class Memory:
         place = target or self.areas.gap(new)
         if place is None or not USER_START <= place <= place + new <= USER_END:
             raise Errno(errno.ENOMEM)
+        if vma.file is not None and not vma.shared:
+            for page in self._present(address, address + old):
+                self._unpatch(page)  # such calls return to where they were
         self.unmap(place, new)
         (vma,) = self.areas.carve(address, address + old)
         present = self._present(address, min(address + old, address + new))
@@ -179,6 +192,8 @@ class Memory:
     def fault(self, address: int, write: bool, fetch: bool = False) -> int:
         """Make an access possible: OK, MAPERR, ACCERR or BUSERR. Raises Errno(ENOMEM)."""
         self.faults += 1
+        if not USER_START <= address < USER_END:
+            return OK if self._low_fault(address) else MAPERR
         vma = self.areas.find(address)
         if vma is None:
             return MAPERR
@@ -231,6 +246,12 @@ class Memory:
         filled = {near: pfn << 2 | rights for near, pfn in zip(empty, pfns, strict=False)}
         self.pages.update(filled)
         self.table.map_all(filled, bool(vma.prot & PROT_EXEC))
+    def _low_fault(self, address: int) -> bool:
+        """Outside of what is the program's."""
+        if self.low is None and self.sites is not None and address < USER_START:
+            self.low = Low(self.sites, self.table)
+            return True
+        return self.low is not None and self.low.fault(address)
 
     def _fill(self, page: int, vma: Vma) -> None:
         """A frame for a page that has none."""
@@ -239,9 +260,18 @@ class Memory:
             return
         offset = vma.offset + (page << PAGE_SHIFT) - vma.start
         if offset < vma.file.size:
-            pfn = self.cache.frame(vma.file, offset >> PAGE_SHIFT)
+            pfn = self._patched(vma, page) or self.cache.frame(vma.file, offset >> PAGE_SHIFT)
             self.frames.hold(pfn)
             self._install(page, pfn, vma)
+
+    def _patched(self, vma: Vma, page: int, pfn: int = 0) -> int:
+        """The frame with patched calls of a page of a file; `pfn` where there is none."""
+        if self.sites is None or not patchable(vma):
+            return pfn
+        text = self.sites.text(vma.file, index_of(vma, page), page)
+        if text and self.low is None:
+            self.low = Low(self.sites, self.table)  # now, since tables cost least together
+        return text.pfn if text else pfn
 
     def anticipate(self, start: int, end: int) -> None:
         """What faults of a new program would come to, as far as it costs nothing but entries: the pages of its file that are
@@ -259,8 +289,26 @@ class Memory:
             for index, pfn in cached.items():
                 page = index + shift
                 if first <= page < last and page not in self.pages:
-                    references[pfn] += 1
-                    self._install(page, pfn, vma)
+                    found = self._patched(vma, page, pfn)
+                    references[found] += 1
+                    self._install(page, found, vma)
+    def _unpatch(self, page: int) -> None:
+        """A page of a file has its frame for itself, if there are patches in it."""
+        if self.sites is not None and self.sites.at(page):
+            pfn = self.frames.copy(self.pages[page] >> 2)
+            self._leaving.append(self.pages[page] >> 2)
+            self.pages[page] = pfn << 2 | self.pages[page] & 3
+            self.sites.restore(page, pfn)
+
+    def exchange(self, page: int, pfn: int) -> None:
+        """Another frame with the same content, but for patches."""
+        vma = self.areas.find(page << PAGE_SHIFT)
+        assert vma is not None, "a page is of an area"
+        if not patchable(vma):
+            return
+        self.frames.hold(pfn)
+        self._leaving.append(self.pages[page] >> 2)
+        self._install(page, pfn, vma)
 
     def _own(self, page: int, vma: Vma) -> None:
         """It may be written: copied first where anybody else has it."""
@@ -270,6 +318,8 @@ class Memory:
             new = self._fresh(page, pfn)
             self._leaving.append(pfn)
             pfn = new
+            if self.sites is not None:
+                self.sites.restore(page, pfn)
             if len(self.hot) < MAX_HOT:
                 self.hot.add(page)
         self._install(page, pfn, vma)
@@ -296,61 +346,6 @@ class Memory:
             self.table.unmap(page)
         self.pages[page] = pfn << 2 | (READABLE if vma.prot else 0) | (WRITABLE if write else 0)
 
-    # ---- the kernel's own accesses
-
-    def copy_in(self, address: int, size: int) -> bytes:
-        """A copy of what the program has there. Raises Errno(EFAULT)."""
-        offset = address & PAGE_SIZE - 1
-        if offset + size <= PAGE_SIZE:
-            value = self.pages.get(address >> PAGE_SHIFT, 0)
-            if value & READABLE or self._touch(address, size, False):
-                at = self.frames.address(self.pages[address >> PAGE_SHIFT] >> 2) + offset
-                return bytes(ffi.buffer(ffi.cast("char *", at), size))
-            return b""
-        parts = []
-        while size:
-            count = min(size, PAGE_SIZE - (address & PAGE_SIZE - 1))
-            parts.append(self.copy_in(address, count))
-            address, size = address + count, size - count
-        return b"".join(parts)
-
-    def copy_out(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Raises Errno(EFAULT); what came before the page that cannot be written is written."""
-        view, size, done = memoryview(data), len(data), 0
-        while done < size:
-            offset = address & PAGE_SIZE - 1
-            count = min(size - done, PAGE_SIZE - offset)
-            if not self.pages.get(address >> PAGE_SHIFT, 0) & WRITABLE:
-                self._touch(address, count, True)
-            memory.write(self.frames.address(self.pages[address >> PAGE_SHIFT] >> 2) + offset, view[done : done + count])
-            address, done = address + count, done + count
-
-    def string(self, address: int, limit: int = STRING_MAX) -> bytes:
-        """Up to the null byte. Raises Errno(EFAULT), Errno(ENAMETOOLONG): none within `limit`."""
-        found = b""
-        while len(found) < limit:
-            count = PAGE_SIZE - (address & PAGE_SIZE - 1)
-            part = self.copy_in(address, count)
-            end = part.find(0)
-            if end >= 0:
-                found += part[:end]
-                break
-            found, address = found + part, address + count
-        if len(found) >= limit:
-            raise Errno(errno.ENAMETOOLONG)
-        return found
-
-    def word(self, address: int, size: int = 8) -> int:
-        return int.from_bytes(self.copy_in(address, size), "little")
-
-    def _touch(self, address: int, size: int, write: bool) -> bool:
-        """Make one page accessible to us as it is to the program; False: nothing is to be copied."""
-        if not size:
-            return False
-        if not USER_START <= address < USER_END or self.fault(address, write) != OK:
-            raise Errno(errno.EFAULT)
-        return True
-
     # ---- lives
 
     def flush(self) -> None:
@@ -364,15 +359,18 @@ class Memory:
         for pfn in self._leaving:
             self.frames.drop(pfn)
         self._left, self._leaving = {}, []
+        self.frames.in_force()
 
     def fork(self, table: PageTable, left: dict[int, int] | None = None) -> Memory:
         """The child's: the same areas and frames, private ones read-only in both from here on; those that the child would
         write at once are copied. Raises Errno(ENOMEM)."""
-        child = Memory(self.frames, self.cache, table, left)
+        child = Memory(self.frames, self.cache, table, left, self.sites)
         child.areas = self.areas.copy()
         child.brk_start, child.brk_end = self.brk_start, self.brk_end
         child.hot, child.program = self.hot, (self.program[0], True)
         try:
+            if self.low is not None:
+                child.low = Low(self.low.sites, table)
             for vma in self.areas:
                 self._share(vma, child)
         except Errno:
@@ -408,14 +406,22 @@ class Memory:
     def leave(self) -> dict[int, int]:
         """Its last program has ended. What its tables show stays as it is, and so do the frames: they are the caller's, for
         the Memory that has the table next. Raises MemoryError, XenError."""
+        self._leave_low()
         if self._left or self._leaving:
             self.flush()
         left, self.pages, self.areas = self.pages, {}, Areas()
         return left
 
+    def _leave_low(self) -> None:
+        if self.low is not None:
+            self.low.leave()
+            self.low = None
+
     def clear(self) -> None:
         """Empty, tables too."""
+        self._leave_low()
         self.table.clear()
+        self.frames.in_force()
         for value in (*self.pages.values(), *self._left.values()):
             self.frames.drop(value >> 2)
         for pfn in self._leaving:

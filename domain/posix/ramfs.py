@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from domain.posix.errors import Errno
 from domain.posix.inode import (
@@ -82,13 +83,14 @@ class Ramfs(Filesystem):
 
 
 class RamFile(Regular):
-    __slots__ = ("length", "pages")
+    __slots__ = ("length", "lent", "pages")
     fs: Ramfs
 
     def __init__(self, fs: Ramfs, mode: int) -> None:
         super().__init__(fs, mode)
         self.length = 0
         self.pages: dict[int, bytearray | memoryview] = {}  # a view: of the frame that mappings of the page have
+        self.lent: Any = None  # windows.py
 
     @property
     def size(self) -> int:
@@ -132,7 +134,9 @@ class RamFile(Regular):
         if not done:
             raise Errno(errno.ENOSPC)
 
-        self.length = max(self.length, offset + done)
+        if offset + done > self.length:
+            self.recall()
+            self.length = offset + done
         self.modified()
         return done
 
@@ -155,7 +159,16 @@ class RamFile(Regular):
         page = self.pages[index] = bytearray(PAGE)
         return page
 
+    def recall(self) -> None:
+        if self.lent:
+            self.lent.recall()
+
+    def settle(self) -> None:
+        if self.lent:
+            self.lent.settle()
+
     def truncate(self, size: int) -> None:
+        self.recall()
         if size < self.length:
             self.drop_pages(-(-size // PAGE), -(-self.length // PAGE))
             if size % PAGE and (page := self.pages.get(size // PAGE)):
@@ -180,6 +193,7 @@ class RamFile(Regular):
             self.new_page(index)
 
     def punch(self, offset: int, length: int) -> None:
+        self.recall()
         end = offset + length
         first, last = -(-offset // PAGE), end // PAGE
         if first > last:

@@ -9,43 +9,42 @@ from __future__ import annotations
 import errno
 import signal
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from domain import sched
-from domain.posix import calls, signals
+from domain.posix import calls, signals, traps
 from domain.posix import registers as r
 from domain.posix.errors import Errno, Interrupted
 from domain.posix.frames import Frames, PageCache
 from domain.posix.futex import Futexes
-from domain.posix.memory import ACCERR, BUSERR, OK, Memory
+from domain.posix.memory import Memory
 from domain.posix.signals import Info
-from domain.posix.space import DEAD, EXCEPTION, FAULT, SYSCALL, TIMEOUT, Space
+from domain.posix.sites import FILE_CALLS, Sites
+from domain.posix.space import DEAD, EXCEPTION, FAULT, SYSCALL, Space
 from domain.posix.spaces import Program, Spaces
 from domain.posix.task import Process, Task
 from domain.posix.wait import parts
-from hypervisor.public.traps import PF_FETCH, PF_WRITE
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
     from domain.posix.vdso import Vdso
 
 SLICE_NS = 10_000_000
-EXCEPTIONS = {  # vector: signal, si_code (arch/x86/kernel/traps.c)
-    0: (signal.SIGFPE, 1), 1: (signal.SIGTRAP, 2), 3: (signal.SIGTRAP, signals.SI_KERNEL), 6: (signal.SIGILL, 2),
-    16: (signal.SIGFPE, 7), 17: (signal.SIGBUS, 1), 19: (signal.SIGFPE, 7),
-}  # fmt: skip
-PAGE_FAULT = 14
 
 
 class System:
     """What all processes have in common."""
 
-    def __init__(self, kernel: Kernel, frames: Frames, new_space: Callable[[], Space]) -> None:
+    def __init__(self, kernel: Kernel, frames: Frames, new_space: Callable[[], Space], fast: bool = False) -> None:
+        """`fast`: programs' call sites are patched (sites.py)."""
         self.kernel, self.frames, self.cache = kernel, frames, PageCache(frames)
         self.now_ns, self.wall_ns = kernel.now_ns, kernel.wall_ns
         self.spaces = Spaces(frames, new_space)
         frames.shrink = lambda: self.spaces.shrink() + self.cache.shrink()
+        self.sites = Sites(frames, self.cache) if fast else None
+        if self.sites is not None:
+            self.sites.spaces = lambda: {task.memory for task in self.tasks.values()}
         self.processes: dict[int, Process] = {}
         self.tasks: dict[int, Task] = {}
         self.futexes = Futexes()
@@ -94,7 +93,10 @@ class System:
 
     def new_memory(self) -> Memory:
         """An empty address space in a process of its own. Raises Errno(ENOMEM, EAGAIN)."""
-        return Memory(self.frames, self.cache, *self.spaces.take((0, False)))
+        return self._memory(*self.spaces.take((0, False)))
+
+    def _memory(self, space: Any, left: dict[int, int]) -> Memory:
+        return Memory(self.frames, self.cache, space, left, self.sites)
 
     def fork_memory(self, memory: Memory) -> Memory:
         """A copy in a process of its own. Raises Errno(ENOMEM, EAGAIN)."""
@@ -123,10 +125,10 @@ class System:
             other.end()
         if found is not None:
             self.unload(task)
-            task.memory = Memory(self.frames, self.cache, *found)
+            task.memory = self._memory(*found)
             self.leave_memory(old)
         else:
-            task.memory = Memory(self.frames, self.cache, old.table, old.leave())
+            task.memory = self._memory(old.table, old.leave())
         task.memory.program = program
         task.clear_tid = task.robust_list = 0
         task.altstack = (0, 0)
@@ -146,8 +148,15 @@ class System:
             if space.task is not None:
                 self.unload(space.task)
             space.show(task)
+            self.told(task)
             self.counters["switches"] += 1
         return space  # type: ignore[no-any-return]
+
+    def told(self, task: Task) -> None:
+        """The program may read who it is: a thread that it goes on with, or whose family has changed."""
+        low, space = task.memory.low, task.memory.table
+        if low is not None and space.task is task:  # type: ignore[attr-defined]
+            low.shown(task)
 
     def unload(self, task: Task) -> None:
         """Its registers are its own again."""
@@ -241,7 +250,7 @@ class System:
             try:
                 self._flush(task.memory)
             except MemoryError:
-                self._out_of_memory(task)
+                traps.out_of_memory(self, task)
                 return
             left = end - self.now_ns()
             if left <= 0 or scheduler.ready or scheduler.overdue():  # an event ends the run at once
@@ -249,23 +258,23 @@ class System:
                 return
             kind = space.run(left if self.runnable else scheduler.next_timer_ns(left))
             if kind == SYSCALL:
-                self._syscall(task, space)
-                if task.generator is not None:
-                    return
-                if self.yielding:
-                    self.yielding = False
-                    self.ready(task)
-                    return
+                if self.sites is not None and (not space.direct[0] or space.number in FILE_CALLS):
+                    traps.came(self.sites, task, space)
+                self.syscall(task, space.number, space.arguments, space.native)
             elif kind == FAULT:
-                self._fault(task, space.address, space.error)
+                traps.fault(self, task, space)
             elif kind == EXCEPTION:
-                self._exception(task, space)
+                traps.exception(self, task, space)
             elif kind == DEAD:
                 self.say(f"{process.name.decode(errors='replace')}[{process.pid}]: its address space was lost")
                 process.exit(int(signal.SIGKILL))
             else:
-                if kind == TIMEOUT:
-                    self.counters["preemptions"] += 1
+                traps.preempted(self, task, kind)
+                return
+            if task.generator is not None:
+                return
+            if self.yielding:
+                self.yielding = False
                 self.ready(task)
                 return
 
@@ -277,18 +286,18 @@ class System:
             self.spaces.shrink()
             memory.flush()
 
-    # ---- traps
+    # ---- system calls
 
-    def _syscall(self, task: Task, space: Space) -> None:
+    def syscall(self, task: Task, number: int, arguments: Sequence[int], native: bool = True) -> None:
         self.counters["syscalls"] += 1
-        number = task.call = space.number
-        call = calls.TABLE.get(number) if space.native else None
+        task.call = number
+        call = calls.TABLE.get(number) if native else None
         if call is None:
             self.unknown[number] = self.unknown.get(number, 0) + 1
             task.registers[r.RAX] = -errno.ENOSYS & r.WORD
             return
         try:
-            result = call.handler(task, *space.arguments[: call.arguments])
+            result = call.handler(task, *arguments[: call.arguments])
         except Errno as error:
             result = -error.number
         except MemoryError:
@@ -334,35 +343,6 @@ class System:
         task.generator = None
         if result is not None and not task.dead:
             task.registers[r.RAX] = result & r.WORD
-
-    def _fault(self, task: Task, address: int, error: int) -> None:
-        """A page fault that the tables in force do not explain."""
-        self.counters["faults"] += 1
-        try:
-            outcome = task.memory.fault(address, bool(error & PF_WRITE), bool(error & PF_FETCH))
-        except Errno:
-            self._out_of_memory(task)
-            return
-        if outcome == OK:
-            return
-        task.fault, task.fault_address = (error, PAGE_FAULT), address
-        signo = signal.SIGBUS if outcome == BUSERR else signal.SIGSEGV
-        code = 2 if outcome in (BUSERR, ACCERR) else 1
-        signals.force(task, Info(int(signo), code, address.to_bytes(8, "little")))
-
-    def _exception(self, task: Task, space: Space) -> None:
-        signo, code = EXCEPTIONS.get(space.vector, (signal.SIGSEGV, signals.SI_KERNEL))
-        task.fault, task.fault_address = (space.error, space.vector), 0
-        where = task.registers[r.RIP] if code != signals.SI_KERNEL else 0
-        signals.force(task, Info(int(signo), code, where.to_bytes(8, "little")))
-
-    def _out_of_memory(self, task: Task) -> None:
-        process = task.process
-        self.say(
-            f"out of memory: killed {process.name.decode(errors='replace')}[{process.pid}],"
-            f" {len(task.memory.pages)} pages; {self.frames.free} are free"
-        )
-        process.exit(int(signal.SIGKILL))
 
 
 async def _again() -> None:

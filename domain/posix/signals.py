@@ -180,6 +180,8 @@ def deliver(task: Task) -> None:
 def _enter(task: Task, action: Action, info: Info) -> None:
     """Lay the frame and go to the handler. No stack to lay it on is SIGSEGV, by default action."""
     regs, memory = task.registers, task.memory
+    if memory.low is not None:
+        memory.low.place(regs)
     top = regs[r.RSP] - REDZONE
     base, size = task.altstack
     if action.flags & SA_ONSTACK and size and not base < regs[r.RSP] <= base + size:

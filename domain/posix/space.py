@@ -25,6 +25,7 @@ class Space:
     fpu: bytes  # b"" set: as a program starts
     number = -1  # SYSCALL: which
     arguments: Sequence[int] = ()  # until it runs again
+    direct: Sequence[int] = (0,)  # one word: whether it came from a patched call site; likewise
     native = True  # an x86-64 call; False: i386's or x32's numbers, which there are none of here
     address = 0  # FAULT: where
     error = 0  # FAULT, EXCEPTION: the processor's code

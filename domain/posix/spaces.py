@@ -106,6 +106,7 @@ class Spaces:
 
     def _empty(self, idle: Idle) -> None:
         idle.space.clear()
+        self._frames.in_force()
         for value in idle.left.values():
             self._frames.drop(value >> 2)
         idle.left = {}

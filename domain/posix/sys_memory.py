@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from domain.posix.errors import Errno
 from domain.posix.table import signed32, syscall
-from domain.posix.vma import PROT_WRITE, page_up
+from domain.posix.vma import PROT_WRITE, USER_START, page_up
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sys_mmap(task: Task, address: int, size: int, prot: int, flags: int, fd: int
             raise Errno(errno.EEXIST)
     elif address:
         address &= -PAGE_SIZE
-        if address < 0x1_0000 or memory.areas.overlapping(address, address + size) or address + size > 0x7F_F000_0000:
+        if address < USER_START or memory.areas.overlapping(address, address + size) or address + size > 0x7F_F000_0000:
             address = 0
     if not flags & MAP_FIXED and flags & MAP_32BIT and not address:
         address = memory.areas.gap(size, 1 << 31) or 0

@@ -42,6 +42,8 @@ def clone(task: Task, flags: int, stack: int, parent_tid: int, child_tid: int, t
     memory = task.memory
     if flags & CLONE_VM:
         memory.users += 1
+        if memory.low is not None and not flags & CLONE_FILES:
+            memory.low.take_back()
     else:
         memory = system.fork_memory(memory)
     process = task.process if flags & CLONE_THREAD else _child(task, flags, exit_signal)

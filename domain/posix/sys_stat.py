@@ -33,6 +33,7 @@ SECOND = 10**9
 
 
 def pack_stat(inode: Inode) -> bytes:
+    inode.settle()
     times = [part for ns in (inode.atime, inode.mtime, inode.ctime) for part in divmod(ns, SECOND)]
     links = max(inode.links, 0)
     return STAT.pack(
@@ -42,6 +43,7 @@ def pack_stat(inode: Inode) -> bytes:
 
 
 def pack_statx(inode: Inode) -> bytes:
+    inode.settle()
     times = [part for ns in (inode.atime, inode.btime, inode.ctime, inode.mtime) for part in divmod(ns, SECOND)]
     rdev, dev = inode.rdev, inode.fs.device
     return STATX.pack(
@@ -263,6 +265,7 @@ def sys_utimensat(task: Task, fd: int, path: int, times: int, flags: int) -> int
 
 
 def set_times(inode: Inode, atime: int | None, mtime: int | None) -> int:
+    inode.settle()
     inode.changed()
     if atime is not None:
         inode.atime = atime

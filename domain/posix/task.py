@@ -135,6 +135,8 @@ class Process:
         init = self.system.init
         for child in self.children:
             child.parent = init if init is not self else None
+            for task in child.tasks:
+                self.system.told(task)
             if init and init is not self:
                 init.children.append(child)
                 if child.exit_status is not None:
@@ -223,6 +225,8 @@ class Task:
         if restart:
             self.registers[r.RAX] = call
             self.registers[r.RIP] -= 2  # the instruction `syscall`
+            if self.memory.low is not None:
+                self.memory.low.place(self.registers)
         else:
             self.registers[r.RAX] = -errno.EINTR & r.WORD
 

@@ -38,6 +38,7 @@ class UserSpace(Space):
         except BaseException:
             kernel.memory.free(self._control)
             raise
+        self.direct = self._user.came_direct
         self.registers, self.arguments = self._user.registers, self._user.words  # type: ignore[assignment]
         self.map, self.unmap = self._table.map, self._table.unmap  # type: ignore[method-assign]
         self.map_all = self._table.map_all  # type: ignore[method-assign]

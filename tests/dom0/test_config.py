@@ -56,6 +56,10 @@ def test_what_is_not_said_has_a_default() -> None:
     assert config.parse('name = "a"\nkernel = "k"\n') == DomainConfig("a", "k", 16, 0, "", 256, 0, False, [], [])
 
 
+def test_the_kernel_of_a_ramdisk_has_an_option() -> None:
+    assert config.parse('name = "a"\nkernel = "k"\nfast_syscalls = true\n').fast_syscalls
+
+
 def test_relative_paths_are_the_file_s(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(FULL)
     loaded = config.load(tmp_path / "a.toml")

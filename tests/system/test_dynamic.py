@@ -46,10 +46,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["/bin/ls", "-l", "--time-style=+", "--numeric-uid-gid", "/usr/bin/sha256sum"],
     ],
 )
-def test_it_says_what_it_says_on_the_host(host: Machine, root: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("fast", [False, True], ids=["trapped", "patched"])
+def test_it_says_what_it_says_on_the_host(host: Machine, root: Path, words: list[str], fast: bool) -> None:
     there = subprocess.run(words, check=False, capture_output=True, text=True, env={}, cwd="/")
     assert there.stdout and not there.stderr
-    assert run(host, root, *words) == (there.stdout, there.returncode)
+    assert run(host, root, *words, fast=fast) == (there.stdout, there.returncode)
 
 
 def test_what_a_program_needs_is_packed_with_it() -> None:

@@ -44,11 +44,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(host: Machine, root: Path, *words: str, memory: int = 48) -> tuple[str, int]:
-    """What a program printed, and its exit code."""
+def run(host: Machine, root: Path, *words: str, memory: int = 48, fast: bool = False) -> tuple[str, int]:
+    """What a program printed, and its exit code. `fast`: its system calls are patched."""
     log = host.state / "console" / "posix.log"
     before = log.stat().st_size if log.exists() else 0
-    host.create("posix", root / "root.cpio", memory=memory, cmdline=shlex.join(words))
+    host.create("posix", root / "root.cpio", memory=memory, cmdline=shlex.join(words), fast_syscalls=fast)
     ended = host.wait("posix")
     assert ended.reason == "poweroff", ended.reason
     return log.read_bytes()[before:].decode(), ended.exit_code

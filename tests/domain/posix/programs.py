@@ -55,9 +55,10 @@ def time_record(address: int) -> None:
 
 
 def run(
-    arguments: list[str], disk: bytes, pages: int = 16384, seconds: float = 20.0, keys: bytes = b"", clock: bool = False
-) -> Result:
-    """`clock`: programs have the vDSO."""
+    arguments: list[str], disk: bytes, pages: int = 16384, seconds: float = 20.0, keys: bytes = b"", clock: bool = False,
+    fast: bool = False,
+) -> Result:  # fmt: skip
+    """`clock`: programs have the vDSO. `fast`: their system calls are patched."""
     machine = Machine(pages)
     spaces: list[Traced] = []
     output = bytearray()
@@ -73,7 +74,7 @@ def run(
         evtchn=SimpleNamespace(pending=lambda: False), console=SimpleNamespace(write=lambda text: output.extend(text.encode())),
     )  # fmt: skip
     try:
-        system = System(kernel, Frames(machine, machine.base), new_space)
+        system = System(kernel, Frames(machine, machine.base), new_space, fast)
         if clock:
             record = machine.alloc()
             time_record(record.address)

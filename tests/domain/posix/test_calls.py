@@ -101,10 +101,8 @@ def test_random_calls(seed: int) -> None:
                 process.exit(9)
                 process.reap()
             task = program(system, context)
-        space = system.load(task)
-        space.number = dice.choice(numbers)
-        space.arguments = tuple(dice.choice(words)() for _ in range(6))
-        system._syscall(task, space)
+        system.load(task)
+        system.syscall(task, dice.choice(numbers), [dice.choice(words)() for _ in range(6)])
         for other in list(system.tasks.values()):
             if other.generator is not None:
                 if other.waiter:

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
+from domain.posix.accesses import ACCERR, BUSERR, MAPERR, OK
 from domain.posix.errors import Errno
 from domain.posix.frames import TABLE_RESERVE, Frames, PageCache
-from domain.posix.memory import ACCERR, BUSERR, MAPERR, OK, Memory
+from domain.posix.memory import Memory
 from domain.posix.ramfs import RamFile, Ramfs
 from domain.posix.space import Space
 from domain.posix.spaces import Idle, Spaces

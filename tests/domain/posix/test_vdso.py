@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from domain.posix import vdso
+from domain.posix.accesses import OK
 from domain.posix.frames import Frames, PageCache
-from domain.posix.memory import OK, Memory
+from domain.posix.memory import Memory
 from domain.posix.vdso import Vdso
 from domain.posix.vma import VDSO
 from hypervisor.public.types import PAGE_SIZE

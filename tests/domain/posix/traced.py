@@ -16,9 +16,10 @@ from domain.memory import Pages
 from domain.posix import registers as r
 from domain.posix import space as kinds
 from domain.posix.space import Space
+from hypervisor.public.user import USER_CALL, USER_GATE
 
-TRACEME, CONT, GETREGS, SETREGS, SINGLESTEP, SETOPTIONS, GETSIGINFO, GETREGSET, SETREGSET, SYSEMU = (
-    0, 7, 12, 13, 9, 0x4200, 0x4202, 0x4204, 0x4205, 31,
+TRACEME, CONT, GETREGS, SETREGS, SINGLESTEP, SETOPTIONS, GETSIGINFO, GETREGSET, SETREGSET, SYSEMU, STEP = (
+    0, 7, 12, 13, 9, 0x4200, 0x4202, 0x4204, 0x4205, 31, 32,
 )  # fmt: skip
 EXITKILL, SYSGOOD, XSTATE = 0x10_0000, 1, 0x202
 PAGE = 4096
@@ -70,6 +71,7 @@ class Traced(Space):
         self.gadget = self._gadget()
         self.fresh = self._get_fpu()
         self._fpu = self.fresh
+        self._gate()
 
     def _gadget(self) -> int:
         with open(f"/proc/{self.pid}/maps") as maps, open(f"/proc/{self.pid}/mem", "rb") as memory:
@@ -79,6 +81,14 @@ class Traced(Space):
                     memory.seek(start)
                     return start + memory.read(end - start).index(b"\x0f\x05")
         raise AssertionError("no loader")
+
+    def _gate(self) -> None:
+        """The gate's page, whose direct entry is a breakpoint here."""
+        page = USER_GATE & -PAGE
+        self._call(9, page, PAGE, 5, 0x32, (1 << 64) - 1, 0)
+        with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(USER_CALL)
+            memory.write(b"\xcc")
 
     def _call(self, *words: int) -> int:
         regs = (ctypes.c_uint64 * r.COUNT)()
@@ -106,7 +116,7 @@ class Traced(Space):
     def clear(self) -> None:
         self.edits.clear()
         if self.pid:
-            self._call(11, 0, 1 << 39)
+            self._call(11, 0, USER_GATE)
 
     def flush(self) -> None:
         for page, edit in self.edits.items():
@@ -136,21 +146,33 @@ class Traced(Space):
         ptrace(SETREGSET, self.pid, XSTATE, raw)
 
     def run(self, timeout_ns: int) -> int:
-        words = self.words
-        words[r.ORIG_RAX] = (1 << 64) - 1
-        ptrace(SETREGS, self.pid, None, ctypes.byref(words))
+        self.words[r.ORIG_RAX] = (1 << 64) - 1
         if timeout_ns >= 0:
             signal.signal(signal.SIGALRM, lambda signo, frame: os.kill(self.pid, signal.SIGUSR1))
             signal.setitimer(signal.ITIMER_REAL, max(1000, timeout_ns) / 1e9)
-        ptrace(SYSEMU, self.pid)
-        _, status = os.waitpid(self.pid, 0)
+        status = self._resume(SYSEMU)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        return self._why(status)
+
+    def _resume(self, request: int) -> int:
+        ptrace(SETREGS, self.pid, None, ctypes.byref(self.words))
+        ptrace(request, self.pid)
+        _, status = os.waitpid(self.pid, 0)
+        if os.WIFSTOPPED(status):
+            ptrace(GETREGS, self.pid, None, ctypes.byref(self.words))
+        return status
+
+    def _why(self, status: int) -> int:
+        words = self.words
         if not os.WIFSTOPPED(status):
             self.dead = True
             return kinds.DEAD
-        ptrace(GETREGS, self.pid, None, ctypes.byref(words))
         stop = os.WSTOPSIG(status)
-        if stop == signal.SIGTRAP | 0x80:
+        direct = stop == signal.SIGTRAP and words[r.RIP] == USER_CALL + 1
+        self.direct = (int(direct),)
+        if direct:
+            words[r.ORIG_RAX], words[r.RIP] = words[r.RAX], words[r.RCX]
+        if stop == signal.SIGTRAP | 0x80 or direct:
             self.number = words[r.ORIG_RAX]
             self.arguments = tuple(words[i] for i in (r.RDI, r.RSI, r.RDX, r.R10, r.R8, r.R9))
             return kinds.SYSCALL
