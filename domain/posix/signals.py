@@ -119,6 +119,8 @@ def send(process: Process, info: Info, to: Task | None = None) -> None:
         action.handler == SIG_IGN or (action.handler == SIG_DFL and signo in HARMLESS)
     ):  # fmt: skip
         return
+    if to is None and taker is not None and waiting is None and taker.waiting():
+        to = taker  # whose wait ends for it: another thread that took it first would leave that a wait without a reason
     (to.pending if to is not None else process.pending).add(info)
     if waiting is not None:
         waiting.signal_arrived.wake()

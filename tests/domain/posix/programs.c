@@ -3,10 +3,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <spawn.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -118,6 +120,64 @@ static int locks(void)
             printf("given back: %d\n", pthread_mutex_unlock(shared));
         }
     }
+    return 0;
+}
+
+static pthread_t sender;
+static void *kills(void *unused)
+{
+    usleep(5000);
+    kill(getpid(), SIGUSR1);
+    for (volatile long i = 0; i < 1000000; i++) /* it goes on, and may take the signal first */
+        ;
+    usleep(20000);
+    return unused;
+}
+
+static void woken(int signo)
+{
+    printf("signal %d in %s\n", signo, pthread_equal(pthread_self(), sender) ? "the sender" : "the main thread");
+}
+
+/* A signal for the process: the thread whose wait it ends is the one that gets it. */
+static int directed(void)
+{
+    struct sigaction action = {.sa_handler = woken};
+    struct timespec end;
+    sem_t never;
+
+    sem_init(&never, 0, 0);
+    sigaction(SIGUSR1, &action, NULL);
+    for (int i = 0; i < 3; i++) {
+        pthread_create(&sender, NULL, kills, NULL);
+        clock_gettime(CLOCK_REALTIME, &end);
+        end.tv_sec += 5;
+        sem_timedwait(&never, &end);
+        printf("it ended with %s\n", strerror(errno));
+        pthread_join(sender, NULL);
+    }
+    return 0;
+}
+
+/* What make asks of posix_spawn, and what a program asks of its users. */
+static int identity(void)
+{
+    extern char **environ;
+    char *arguments[] = {"sh", "-c", "exit 4", NULL};
+    uid_t real, effective, saved;
+    posix_spawnattr_t how;
+    pid_t child;
+    int status;
+
+    posix_spawnattr_init(&how);
+    posix_spawnattr_setflags(&how, POSIX_SPAWN_RESETIDS | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP);
+    status = posix_spawnp(&child, "sh", NULL, &how, arguments, environ);
+    printf("spawn: %s\n", strerror(status));
+    waitpid(child, &status, 0);
+    printf("it said %d\n", WEXITSTATUS(status));
+    getresuid(&real, &effective, &saved);
+    printf("all the same: %d\n", real == effective && real == saved && real == getuid());
+    printf("set to what they are: %d %d\n", setresuid(-1, effective, -1), setregid(-1, getgid()));
     return 0;
 }
 
@@ -292,6 +352,10 @@ int main(int argc, char **argv)
         return threads();
     if (!strcmp(what, "handlers"))
         return handlers();
+    if (!strcmp(what, "directed"))
+        return directed();
+    if (!strcmp(what, "identity"))
+        return identity();
     if (!strcmp(what, "locks"))
         return locks();
     if (!strcmp(what, "spin"))
