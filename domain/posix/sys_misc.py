@@ -80,6 +80,58 @@ def sys_setgid(task: Task, gid: int) -> int:
     return _root_only(gid)
 
 
+NO_OTHERS = "0 or -1 only: there are no other users"
+
+
+def _root_or_same(*numbers: int) -> int:
+    for number in numbers:
+        if number & 0xFFFF_FFFF != 0xFFFF_FFFF:
+            _root_only(number)
+    return 0
+
+
+@syscall(113, "partial", NO_OTHERS)
+def sys_setreuid(task: Task, real: int, effective: int) -> int:
+    return _root_or_same(real, effective)
+
+
+@syscall(114, "partial", NO_OTHERS)
+def sys_setregid(task: Task, real: int, effective: int) -> int:
+    return _root_or_same(real, effective)
+
+
+@syscall(117, "partial", NO_OTHERS)
+def sys_setresuid(task: Task, real: int, effective: int, saved: int) -> int:
+    return _root_or_same(real, effective, saved)
+
+
+@syscall(119, "partial", NO_OTHERS)
+def sys_setresgid(task: Task, real: int, effective: int, saved: int) -> int:
+    return _root_or_same(real, effective, saved)
+
+
+@syscall(118)
+def sys_getresuid(task: Task, real: int, effective: int, saved: int) -> int:
+    for address in (real, effective, saved):
+        task.memory.copy_out(address, bytes(4))
+    return 0
+
+
+@syscall(120)
+def sys_getresgid(task: Task, real: int, effective: int, saved: int) -> int:
+    return sys_getresuid(task, real, effective, saved)
+
+
+@syscall(122, "none", "there are no other users")
+def sys_setfsuid(task: Task, uid: int) -> int:
+    return 0
+
+
+@syscall(123, "none", "there are no other users")
+def sys_setfsgid(task: Task, gid: int) -> int:
+    return 0
+
+
 @syscall(116, "partial", "the list is not kept")
 def sys_setgroups(task: Task, size: int, address: int) -> int:
     return 0

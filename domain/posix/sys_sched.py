@@ -33,9 +33,15 @@ def sys_sched_yield(task: Task) -> int:
     return 0
 
 
+def of_thread(task: Task, tid: int) -> Task:
+    if signed32(tid) < 0:
+        raise Errno(errno.ESRCH)
+    return find(task, tid)
+
+
 @syscall(203, "none", "there is one virtual CPU")
 def sys_sched_setaffinity(task: Task, tid: int, size: int, address: int) -> int:
-    find(task, tid)
+    of_thread(task, tid)
     if not int.from_bytes(task.memory.copy_in(address, min(size, 128)), "little") & 1:
         raise Errno(errno.EINVAL)
     return 0
@@ -43,7 +49,7 @@ def sys_sched_setaffinity(task: Task, tid: int, size: int, address: int) -> int:
 
 @syscall(204)
 def sys_sched_getaffinity(task: Task, tid: int, size: int, address: int) -> int:
-    find(task, tid)
+    of_thread(task, tid)
     if size < 8 or size % 8:
         raise Errno(errno.EINVAL)
     task.memory.copy_out(address, (1).to_bytes(8, "little"))

@@ -32,6 +32,10 @@ def clock_ns(task: Task, clock: int) -> int:
         return task.system.now_ns()
     if clock in (PROCESS_CPU, THREAD_CPU):
         return task.process.cpu_ns
+    if clock < 0 and clock & 3 <= 2:  # of another process or thread: ~number << 3, 4 for a thread, which clock
+        other = task.system.tasks.get(~clock >> 3) if ~clock >> 3 else task
+        if other is not None:
+            return other.process.cpu_ns
     raise Errno(errno.EINVAL)
 
 
