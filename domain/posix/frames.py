@@ -21,6 +21,7 @@ from domain.posix.errors import Errno
 from hypervisor.public.types import PAGE_SIZE
 
 CHUNK = 64  # pages taken from the domain at a time
+KEPT = 16 * CHUNK  # free ones that are not given back to the domain, whose page tables, and balloon, want some too
 TABLE_RESERVE = 64  # pages that programs may not have: page tables of those that run must still be made
 
 
@@ -31,6 +32,7 @@ class Source(Protocol):
     def nr_free(self) -> int: ...
 
     def alloc(self, nr: int = 1) -> Pages: ...
+    def free(self, pages: Pages) -> None: ...
 
 
 class Inode(Protocol):
@@ -103,9 +105,12 @@ class Frames:
         left = self.references[pfn] - 1
         if left:
             self.references[pfn] = left
-        else:
-            del self.references[pfn]
+            return
+        del self.references[pfn]
+        if len(self._free) < KEPT:
             heappush(self._free, pfn)
+        else:
+            self._source.free(Pages(pfn, 1, self.address(pfn)))
 
     def drop_unmapped(self, pfn: int) -> None:
         """Likewise, once the tables that do not show it any more are in force: a program may be running that should not."""

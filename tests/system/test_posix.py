@@ -114,3 +114,10 @@ def test_and_sees_it_where_its_code_is_left_to_it(root: Path) -> None:
         assert "seen 0" not in run(seeded, root, "lurker")[0]
     finally:
         seeded.close()
+
+
+def test_memory_that_one_program_had_is_there_for_the_tables_of_others(host: Machine, root: Path) -> None:
+    script = "dd if=/dev/zero of=/dev/null bs=200M count=1 2>/dev/null; for i in $(seq 30); do sleep 1 & done; wait; echo done"
+    output, code = run(host, root, "sh", "-c", script, memory=32)
+    lines = output.splitlines()
+    assert lines[0].startswith("out of memory: killed dd[") and lines[1:] == ["done"] and code == 0

@@ -9,7 +9,7 @@ import pytest
 
 from domain.posix.accesses import ACCERR, BUSERR, MAPERR, OK
 from domain.posix.errors import Errno
-from domain.posix.frames import TABLE_RESERVE, Frames, PageCache
+from domain.posix.frames import KEPT, TABLE_RESERVE, Frames, PageCache
 from domain.posix.memory import Memory
 from domain.posix.ramfs import RamFile, Ramfs
 from domain.posix.space import Space
@@ -239,6 +239,20 @@ def test_programs_leave_the_kernel_what_its_tables_need() -> None:
     assert error.value.number == errno.ENOMEM
     assert machine.nr_free >= TABLE_RESERVE
     check(memory)
+
+
+def test_frames_that_many_had_go_back_to_the_domain() -> None:
+    """They are what page tables are made of."""
+    machine = Machine(2 * KEPT)
+    frames = Frames(machine, machine.base)
+    memory = Memory(frames, PageCache(frames), Table())
+    memory.map(BASE, KEPT + 300 << 12, 3)
+    for page in range(KEPT + 300):
+        memory.fault(BASE + (page << 12), write=True)
+    left = machine.nr_free
+    memory.clear()
+    assert frames.used == 0 and machine.nr_free >= left + 300
+    assert frames.free == machine.nr_free - TABLE_RESERVE + KEPT
 
 
 @pytest.mark.parametrize("seed", range(8))

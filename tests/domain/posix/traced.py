@@ -44,13 +44,20 @@ class Machine:
         os.set_inheritable(self.fd, True)
         self.map = mmap.mmap(self.fd, pages * PAGE)
         self.base = int(ffi.cast("uintptr_t", ffi.from_buffer(self.map)))
-        self.nr_free, self.next = pages, 0
+        self.nr_free, self.unused = pages, list(range(pages))
 
     def alloc(self, nr: int = 1) -> Pages:
-        if nr > self.nr_free:
+        """Those that were freed come last, one at a time."""
+        first = self.unused[0] if self.unused else 0
+        if nr > self.nr_free or self.unused[:nr] != [*range(first, first + nr)]:
             raise MemoryError
-        first, self.next, self.nr_free = self.next, self.next + nr, self.nr_free - nr
+        del self.unused[:nr]
+        self.nr_free -= nr
         return Pages(first, nr, self.base + first * PAGE)
+
+    def free(self, pages: Pages) -> None:
+        self.unused += pages.pfns
+        self.nr_free += pages.nr
 
 
 class Traced(Space):
