@@ -98,7 +98,8 @@ def status(process: Any) -> bytes:
     rows = [
         (b"Name", process.name), (b"State", now + b" (" + words[now] + b")"), (b"Tgid", pid), (b"Pid", pid),
         (b"PPid", b"%d" % process.ppid), (b"TracerPid", b"0"), (b"Uid", b"0\t0\t0\t0"), (b"Gid", b"0\t0\t0\t0"),
-        (b"FDSize", b"256"), (b"Groups", b"0 "), (b"VmSize", b"%8d kB" % size), (b"VmRSS", b"%8d kB" % resident),
+        (b"FDSize", b"256"), (b"Groups", b"".join(b"%d " % group for group in process.groups)),
+        (b"VmSize", b"%8d kB" % size), (b"VmRSS", b"%8d kB" % resident),
         (b"Threads", b"%d" % len(process.tasks)), (b"SigPnd", b"%016x" % (tasks[0].pending.bits if tasks else 0)),
         (b"ShdPnd", b"%016x" % process.pending.bits), (b"SigBlk", b"%016x" % (tasks[0].blocked if tasks else 0)),
         (b"SigIgn", handled(process, signals.SIG_IGN)), (b"SigCgt", handled(process, None)),

@@ -21,6 +21,7 @@ RELEASE = b"6.1.0-ring1"
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 2, 3, 4, 15, 16
 PR_CAPBSET_READ, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 23, 29, 38
 LAST_CAPABILITY = 40
+MAX_GROUPS = 65_536
 RANDOM_MOST = 1 << 25
 
 
@@ -61,7 +62,12 @@ def sys_getegid(task: Task) -> int:
 
 @syscall(115)
 def sys_getgroups(task: Task, size: int, address: int) -> int:
-    return 0
+    groups, size = task.process.groups, signed32(size)
+    if size < 0 or 0 < size < len(groups):
+        raise Errno(errno.EINVAL)
+    if size:
+        task.memory.copy_out(address, struct.pack(f"<{len(groups)}I", *groups))
+    return len(groups)
 
 
 def _root_only(number: int) -> int:
@@ -132,8 +138,11 @@ def sys_setfsgid(task: Task, gid: int) -> int:
     return 0
 
 
-@syscall(116, "partial", "the list is not kept")
+@syscall(116)
 def sys_setgroups(task: Task, size: int, address: int) -> int:
+    if size > MAX_GROUPS:
+        raise Errno(errno.EINVAL)
+    task.process.groups = struct.unpack(f"<{size}I", task.memory.copy_in(address, 4 * size))
     return 0
 
 

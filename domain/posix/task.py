@@ -41,6 +41,7 @@ class Process:
         self.executable: bytes = parent.executable if parent else b""
         self.terminal: Any = parent.terminal if parent else None
         self.uid = self.gid = 0
+        self.groups: tuple[int, ...] = parent.groups if parent else ()
         self.tasks: list[Task] = []
         self.children: list[Process] = []
         self.actions: list[Action] = [DEFAULT] * (signals.NSIG + 1)

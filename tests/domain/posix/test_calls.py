@@ -13,7 +13,7 @@ from domain import sched
 from domain.posix import boot, calls
 from domain.posix import registers as r
 from domain.posix import space as kinds
-from domain.posix.errors import Killed
+from domain.posix.errors import Errno, Killed
 from domain.posix.files import FileTable
 from domain.posix.frames import Frames
 from domain.posix.run import System
@@ -118,3 +118,17 @@ def test_random_calls(seed: int) -> None:
     system.frames.shrink()
     assert system.frames.used == 0
     assert system.tasks == {}
+
+
+def test_groups_are_kept() -> None:
+    system = new_system()
+    context = boot.mount(system, EMPTY)
+    boot.attach(system, context, lambda data: None)
+    task = program(system, context)
+    task.memory.copy_out(DATA, bytes([5, 0, 0, 0, 7, 0, 0, 0]))
+    setgroups, getgroups = calls.TABLE[116].handler, calls.TABLE[115].handler
+    assert (setgroups(task, 2, DATA), getgroups(task, 0, 0), getgroups(task, 2, DATA + 64)) == (0, 2, 2)
+    assert task.memory.copy_in(DATA + 64, 8) == task.memory.copy_in(DATA, 8)
+    assert Process(system, task.process).groups == (5, 7)
+    with pytest.raises(Errno, match="EINVAL"):
+        getgroups(task, 1, DATA)
