@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 REALTIME, MONOTONIC, PROCESS_CPU, THREAD_CPU, RAW, REALTIME_COARSE, MONOTONIC_COARSE, BOOTTIME = range(8)
 TIMER_ABSTIME = 1
+ITIMERS = signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF  # ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
+SHORTEST = 1_000_000  # ns between two looks at how long a process has run
 SECOND = 10**9
 TIMESPEC = struct.Struct("<qq")
 
@@ -116,41 +118,59 @@ def sys_clock_nanosleep(task: Task, clock: int, flags: int, address: int, rest: 
 
 
 class IntervalTimer:
-    """ITIMER_REAL of a process: SIGALRM at its end, and again where it has a period."""
+    """One of a process's three: its signal at its end, and again where it has a period.
 
-    def __init__(self, process: Process, value: int, period: int) -> None:
-        self._process, self.period = process, period
-        self._arm(process.system.now_ns() + value)
+    The other two count the process's time on the processor. That is never more than what goes by, so that they are looked at
+    when they could be over, and set again for what is missing."""
+
+    def __init__(self, process: Process, which: int, value: int, period: int) -> None:
+        self._process, self._which, self.period = process, which, period
+        self._arm(self._now() + value)
+
+    def _now(self) -> int:
+        return self._process.cpu_ns if self._which else self._process.system.now_ns()
 
     def _arm(self, deadline: int) -> None:
         self.deadline = deadline
-        self._timer: sched.Timer = self._process.system.at(deadline, self._expire)
+        self._wait(deadline - self._now())
+
+    def _wait(self, left: int) -> None:
+        system = self._process.system
+        self._timer: sched.Timer = system.at(system.now_ns() + max(left, SHORTEST if self._which else 0), self._expire)
+
+    @property
+    def left(self) -> int:
+        return max(1000, self.deadline - self._now())
 
     def _expire(self) -> None:
+        if self._which and self._now() < self.deadline:
+            self._wait(self.deadline - self._now())
+            return
         if self.period:
-            self._arm(max(self.deadline + self.period, self._process.system.now_ns()))
+            self._arm(max(self.deadline + self.period, self._now()))
         else:
-            self._process.timers.pop(0, None)
-        self._process.send_signal(signal.SIGALRM, Info(int(signal.SIGALRM), SI_KERNEL))
+            self._process.timers.pop(self._which, None)
+        signo = ITIMERS[self._which]
+        self._process.send_signal(signo, Info(int(signo), SI_KERNEL))
 
     def cancel(self) -> None:
         self._timer.cancel()
 
 
-def set_timer(process: Process, value: int, period: int) -> tuple[int, int]:
+def set_timer(process: Process, which: int, value: int, period: int) -> tuple[int, int]:
     """Replace it, 0: by none; what was left, and its period, in ns."""
-    left, old = remaining(process)
-    timer = process.timers.pop(0, None)
+    left, old = remaining(process, which)
+    timer = process.timers.pop(which, None)
     if timer:
         timer.cancel()
     if value:
-        process.timers[0] = IntervalTimer(process, value, period)
+        process.timers[which] = IntervalTimer(process, which, value, period)
     return left, old
 
 
-def remaining(process: Process) -> tuple[int, int]:
-    timer = process.timers.get(0)
-    return (max(1000, timer.deadline - process.system.now_ns()), timer.period) if timer else (0, 0)
+def remaining(process: Process, which: int) -> tuple[int, int]:
+    timer = process.timers.get(which)
+    return (timer.left, timer.period) if timer else (0, 0)
 
 
 def _itimerval(left: int, period: int) -> bytes:
@@ -159,28 +179,28 @@ def _itimerval(left: int, period: int) -> bytes:
 
 @syscall(37)
 def sys_alarm(task: Task, seconds: int) -> int:
-    left, _ = set_timer(task.process, (seconds & 0xFFFF_FFFF) * SECOND, 0)
+    left, _ = set_timer(task.process, 0, (seconds & 0xFFFF_FFFF) * SECOND, 0)
     return -(-left // SECOND)
 
 
-@syscall(38, "partial", "ITIMER_REAL only")
+@syscall(38, "partial", "time of the process is all its user's: ITIMER_VIRTUAL is as ITIMER_PROF")
 def sys_setitimer(task: Task, which: int, new: int, old: int) -> int:
-    if which:
+    if which >= len(ITIMERS):
         raise Errno(errno.EINVAL)
     words = struct.unpack("<qqqq", task.memory.copy_in(new, 32)) if new else (0,) * 4
     if any(word < 0 for word in words) or words[1] >= 10**6 or words[3] >= 10**6:
         raise Errno(errno.EINVAL)
-    before = set_timer(task.process, words[2] * SECOND + words[3] * 1000, words[0] * SECOND + words[1] * 1000)
+    before = set_timer(task.process, which, words[2] * SECOND + words[3] * 1000, words[0] * SECOND + words[1] * 1000)
     if old:
         task.memory.copy_out(old, _itimerval(*before))
     return 0
 
 
-@syscall(36, "partial", "ITIMER_REAL only")
+@syscall(36)
 def sys_getitimer(task: Task, which: int, address: int) -> int:
-    if which:
+    if which >= len(ITIMERS):
         raise Errno(errno.EINVAL)
-    task.memory.copy_out(address, _itimerval(*remaining(task.process)))
+    task.memory.copy_out(address, _itimerval(*remaining(task.process, which)))
     return 0
 
 

@@ -159,6 +159,30 @@ static int directed(void)
     return 0;
 }
 
+/* Timers that count a process's own time: they are not over while it sleeps, and are when it has worked. */
+static int timers(void)
+{
+    const int which[] = {ITIMER_VIRTUAL, ITIMER_PROF}, signals[] = {SIGVTALRM, SIGPROF};
+    for (int i = 0; i < 2; i++) {
+        struct itimerval value = {.it_value.tv_usec = 30000}, left;
+        sigset_t set;
+        struct timespec none = {0};
+        sigemptyset(&set);
+        sigaddset(&set, signals[i]);
+        sigprocmask(SIG_BLOCK, &set, NULL);
+        setitimer(which[i], &value, NULL);
+        usleep(60000);
+        getitimer(which[i], &left);
+        printf("asleep: %d, left: %d\n", sigtimedwait(&set, NULL, &none), left.it_value.tv_usec > 10000);
+        while (sigtimedwait(&set, NULL, &none) < 0)
+            for (volatile int work = 0; work < 100000; work++)
+                ;
+        getitimer(which[i], &left);
+        printf("over: %ld\n", left.it_value.tv_usec);
+    }
+    return 0;
+}
+
 /* What make asks of posix_spawn, and what a program asks of its users. */
 static int identity(void)
 {
@@ -356,6 +380,8 @@ int main(int argc, char **argv)
         return directed();
     if (!strcmp(what, "identity"))
         return identity();
+    if (!strcmp(what, "timers"))
+        return timers();
     if (!strcmp(what, "locks"))
         return locks();
     if (!strcmp(what, "spin"))

@@ -78,7 +78,7 @@ def on_the_host(script: str, home: Path) -> tuple[str, int]:
     return (done.stdout + done.stderr).decode(), done.returncode
 
 
-@pytest.mark.parametrize("what", ["directed", "threads", "handlers", "identity", "locks", "memory"])
+@pytest.mark.parametrize("what", ["directed", "threads", "handlers", "identity", "locks", "memory", "timers"])
 def test_a_static_glibc_program_says_what_it_says_on_the_host(what: str, folder: Path, disk: bytes) -> None:
     host = subprocess.run([folder / "bin/programs", what], capture_output=True, check=True)
     result = programs.run(["/bin/programs", what], disk)
