@@ -14,6 +14,7 @@ from domain.posix import (
     sys_descriptor,
     sys_directory,
     sys_epoll,
+    sys_event,
     sys_file,
     sys_message,
     sys_poll,
@@ -29,7 +30,7 @@ from domain.posix.tty import Tty
 from domain.posix.vfs import FsContext, Vfs
 
 MODULES = (
-    sys_descriptor, sys_directory, sys_epoll, sys_file, sys_message, sys_poll, sys_socket, sys_stat, sys_transfer,
+    sys_descriptor, sys_directory, sys_epoll, sys_event, sys_file, sys_message, sys_poll, sys_socket, sys_stat, sys_transfer,
 )  # fmt: skip
 CALLS = {call.name: call.handler for call in TABLE.values() if any(call.handler.__module__ == m.__name__ for m in MODULES)}
 SIZE = 4 << 20
