@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, TypeVar
 
+NEVER = 1 << 63  # ns
+
 T = TypeVar("T")
 
 
@@ -151,9 +153,9 @@ class Scheduler:
             if call is not None:
                 call()
 
-    def next_timer_ns(self, limit: int) -> int:
-        """Nanoseconds to the next timer, at most `limit`, at least 0: for who keeps the processor from this scheduler."""
-        return max(0, min(limit, self._timers[0][0] - self.now_ns())) if self._timers else limit
+    def next_timer(self) -> int:
+        """System time of the next timer, NEVER for none: for who keeps the processor from this scheduler."""
+        return self._timers[0][0] if self._timers else NEVER
 
     def overdue(self) -> bool:
         """Whether a timer is."""

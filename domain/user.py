@@ -58,7 +58,9 @@ class UserSpace:
         memory.zero(address + PAGE_SIZE // 2, len(mfns))
         self._user: Any = ffi.new("struct user *", {"control": ffi.cast("char *", address), "shared_info": kernel._shared_info})
         self.registers, self.words = self._view("registers"), self._view("arguments")
-        self.came_direct = self._view("direct", "I")  # one word, as `direct`
+        # One word each, as the properties of these names, which cost twice as much to read.
+        self.numbers, self.natives = self._view("number"), self._view("native", "I")
+        self.came_direct = self._view("direct", "I")
         if lib.user_begin(self._user, START_NS) == lib.USER_DEAD:
             self.dead = True
         self._fresh = self.fpu

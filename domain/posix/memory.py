@@ -39,7 +39,9 @@ MAX_HOT = 32  # pages that a fork copies at once
 
 
 class PageTable(Protocol):
-    """Where entries go: domain.posix.pagetable, or a stand-in."""
+    """Where entries go: domain.posix.pagetable, or a stand-in. `stale`: there is something to flush."""
+
+    stale: bool
 
     def map(self, page: int, pfn: int, write: bool, execute: bool) -> None: ...
     def map_all(self, pages: dict[int, int], execute: bool) -> None: ...
@@ -59,6 +61,7 @@ class Memory(Accesses):
         its system calls are to be patched."""
         self.frames, self.cache, self.table = frames, cache, table
         self._left = left or {}
+        table.stale = True
         self._leaving: list[int] = []  # frames that fall with the next flush
         self.hot: set[int] = set()  # pages copied since a fork; of all relatives by fork
         self.program = 0, False  # of which file, and whether it is a fork of one that runs it

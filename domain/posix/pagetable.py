@@ -19,6 +19,7 @@ from hypervisor.public.types import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from domain.kernel import Kernel
+    from domain.posix.space import Space
 
 LEVEL_BITS = 9
 SLOTS = ENTRIES - 1
@@ -29,7 +30,9 @@ WRITE, NO_EXECUTE = int(Pte.RW | Pte.D), int(Pte.NX)
 class UserTable:
     """A root and what is below it. `map` and `unmap` are collected until `flush`. Raises MemoryError, XenError."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, space: Space) -> None:
+        """`space`: whose `stale` is kept; the run loop looks at it once a system call."""
+        self._space = space
         self._memory, self._queue = kernel.memory, kernel.memory.mmu
         self._l1_pages: list[int] = []  # pfns
         self._l2_pages: list[int] = []
@@ -52,6 +55,7 @@ class UserTable:
         value = self._memory.p2m[pfn] << PAGE_SHIFT | (USER | WRITE if write else USER) | (0 if execute else NO_EXECUTE)
         if self._shown.get(page) != value:
             self._shown[page] = value
+            self._space.stale = True
             self._put(page, value)
             if execute:
                 self._code.add(page >> LEVEL_BITS)
@@ -73,10 +77,13 @@ class UserTable:
             else:
                 shown[page] = wanted
                 words.extend((table | (page & SLOTS) << 3, wanted))
-        self._queue.put_all(words)
+        if words:
+            self._space.stale = True
+            self._queue.put_all(words)
 
     def unmap(self, page: int) -> None:
         if self._shown.pop(page, 0):
+            self._space.stale = True
             self._put(page, 0)
 
     def _put(self, page: int, value: int) -> None:
@@ -97,6 +104,7 @@ class UserTable:
             self._name(number, self._l1[number])
         self._hidden = set()
         self._queue.flush()
+        self._space.stale = False
 
     def expel(self) -> None:
         """Tables with code are named by nobody until the next flush: whoever still runs in this space faults, and waits in the
@@ -104,6 +112,7 @@ class UserTable:
         self._hidden = {number for number in self._code if number in self._l1}
         for number in self._hidden:
             self._name(number, 0)
+        self._space.stale = True
         self._queue.post()
 
     def expelled(self) -> None:

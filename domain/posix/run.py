@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from domain import sched
@@ -141,16 +142,14 @@ class System:
         task.files.close_on_exec()
         process.vfork_done.wake()
 
-    def load(self, task: Task) -> Space:
-        """Its registers are the ones that its space goes on with."""
+    def load(self, task: Task) -> None:
+        """Its registers are to be the ones that its space goes on with, and are not."""
         space: Any = task.memory.table
-        if space.task is not task:
-            if space.task is not None:
-                self.unload(space.task)
-            space.show(task)
-            self.told(task)
-            self.counters["switches"] += 1
-        return space  # type: ignore[no-any-return]
+        if space.task is not None:
+            self.unload(space.task)
+        space.show(task)
+        self.told(task)
+        self.counters["switches"] += 1
 
     def told(self, task: Task) -> None:
         """The program may read who it is: a thread that it goes on with, or whose family has changed."""
@@ -246,17 +245,16 @@ class System:
             if process.stopped:
                 task.held = True
                 return
-            space = self.load(task)
-            try:
-                self._flush(task.memory)
-            except MemoryError:
-                traps.out_of_memory(self, task)
+            space: Any = task.memory.table
+            if space.task is not task:
+                self.load(task)
+            if space.stale and not self._flush(task):
                 return
-            left = end - self.now_ns()
-            if left <= 0 or scheduler.ready or scheduler.overdue():  # an event ends the run at once
+            now, due = self.now_ns(), scheduler.next_timer()
+            if now >= end or now >= due or scheduler.ready:  # an event ends the run at once
                 self.ready(task)
                 return
-            kind = space.run(left if self.runnable else scheduler.next_timer_ns(left))
+            kind = space.run(end - now if self.runnable else min(end, due) - now)
             if kind == SYSCALL:
                 if self.sites is not None and (not space.direct[0] or space.number in FILE_CALLS):
                     traps.came(self.sites, task, space)
@@ -278,17 +276,19 @@ class System:
                 self.ready(task)
                 return
 
-    def _flush(self, memory: Memory) -> None:
-        """Raises MemoryError: there is no page for a table, not even one that an idle space has."""
-        try:
-            memory.flush()
-        except MemoryError:
+    def _flush(self, task: Task) -> bool:
+        """What its memory is is in force; False: there is no page for a table, not even one that an idle space has."""
+        for _ in range(2):
+            with suppress(MemoryError):
+                task.memory.flush()
+                return True
             self.spaces.shrink()
-            memory.flush()
+        traps.out_of_memory(self, task)
+        return False
 
     # ---- system calls
 
-    def syscall(self, task: Task, number: int, arguments: Sequence[int], native: bool = True) -> None:
+    def syscall(self, task: Task, number: int, arguments: Any, native: bool = True) -> None:
         self.counters["syscalls"] += 1
         task.call = number
         call = calls.TABLE.get(number) if native else None
@@ -297,7 +297,7 @@ class System:
             task.registers[r.RAX] = -errno.ENOSYS & r.WORD
             return
         try:
-            result = call.handler(task, *arguments[: call.arguments])
+            result = call.handler(task, *call.words(arguments))
         except Errno as error:
             result = -error.number
         except MemoryError:

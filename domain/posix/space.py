@@ -31,6 +31,7 @@ class Space:
     error = 0  # FAULT, EXCEPTION: the processor's code
     vector = 0  # EXCEPTION
     dead = False
+    stale = True  # not all that was asked for is in force; one that cannot say is always
 
     def __init__(self) -> None:
         self.task: Task | None = None

@@ -11,6 +11,7 @@ result. A handler that changed the registers itself (execve, rt_sigreturn) retur
 from __future__ import annotations
 
 import inspect
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,7 @@ class Call:
     arguments: int
     level: Level
     note: str
+    words: Callable[[Any], tuple[int, ...]]  # as many of the six as it takes
 
 
 TABLE: dict[int, Call] = {}
@@ -46,7 +48,7 @@ def syscall(number: int, level: Level = "full", note: str = "") -> Callable[[H],
         assert level == "full" or note, f"{name}: what is missing is not said"
         arguments = len(inspect.signature(handler).parameters) - 1
         assert arguments <= MAX_ARGUMENTS, f"{name} takes more than six arguments"
-        TABLE[number] = Call(number, name, handler, arguments, level, note)
+        TABLE[number] = Call(number, name, handler, arguments, level, note, struct.Struct(f"<{arguments}Q").unpack_from)
         return handler
 
     return register

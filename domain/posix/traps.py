@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from array import array
 from typing import TYPE_CHECKING
 
 from domain.posix import registers as r
@@ -39,7 +40,8 @@ def again(system: System, task: Task, back: int) -> None:
     """The system call that a program stands before, as if it had come by the instruction before `back`."""
     regs = task.registers
     regs[r.RIP] = regs[r.RCX] = back
-    system.syscall(task, regs[r.RAX] & 0xFFFF_FFFF, [regs[i] for i in (r.RDI, r.RSI, r.RDX, r.R10, r.R8, r.R9)])
+    words = array("Q", [regs[i] for i in (r.RDI, r.RSI, r.RDX, r.R10, r.R8, r.R9)])
+    system.syscall(task, regs[r.RAX] & 0xFFFF_FFFF, words)
 
 
 def fault(system: System, task: Task, space: Space) -> None:

@@ -26,7 +26,7 @@ class UserSpace(Space):
         self._kernel, self._memory = kernel, kernel.memory
         self._control = kernel.memory.alloc(CONTROL_PAGES)
         try:
-            self._table = UserTable(kernel)
+            self._table = UserTable(kernel, self)
             try:
                 self._user = user.UserSpace(kernel, self._table.root_mfn, self._control.pfns)
                 if self._user.dead:
@@ -65,7 +65,7 @@ class UserSpace(Space):
         user = self._user
         kind = user.run(timeout_ns)
         if kind == SYSCALL:
-            self.number, self.native = user.number, user.native
+            self.number, self.native = user.numbers[0], user.natives[0] == 1
         else:
             self.address, self.error, self.vector = user.address, user.error, user.vector
             self.dead = kind == DEAD

@@ -9,6 +9,7 @@ PROGRAM = '''
 from domain.posix.frames import Frames, PageCache
 from domain.posix.memory import Memory
 from domain.posix.pagetable import UserTable
+from domain.posix.space import Space
 from hypervisor.public.layout import KERNEL_WINDOW, VIRT_BASE
 from hypervisor.public.mmu import Pte
 
@@ -34,7 +35,7 @@ async def main(kernel):
     kernel.space
     before = kernel.memory.nr_free
     frames = Frames(kernel.memory, KERNEL_WINDOW + VIRT_BASE)
-    parent = Memory(frames, PageCache(frames), UserTable(kernel))
+    parent = Memory(frames, PageCache(frames), UserTable(kernel, Space()))
     parent.map(0x400000, 64 * 4096, 7)
     high = parent.map(0, 1 << 20, 3)
     for at in range(0x400000, 0x440000, 65536):
@@ -42,7 +43,7 @@ async def main(kernel):
     parent.copy_out(high, b"parent")
     parent.flush()
     assert agree(kernel, parent)
-    table = UserTable(kernel)
+    table = UserTable(kernel, Space())
     for turn in range(20):
         asked = kernel.memory.mmu.flushes
         child = parent.fork(table)

@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import struct
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,7 +182,7 @@ class Traced(Space):
             words[r.ORIG_RAX], words[r.RIP] = words[r.RAX], words[r.RCX]
         if stop == signal.SIGTRAP | 0x80 or direct:
             self.number = words[r.ORIG_RAX]
-            self.arguments = tuple(words[i] for i in (r.RDI, r.RSI, r.RDX, r.R10, r.R8, r.R9))
+            self.arguments = array("Q", [words[i] for i in (r.RDI, r.RSI, r.RDX, r.R10, r.R8, r.R9)])
             return kinds.SYSCALL
         if stop == signal.SIGUSR1:
             return kinds.TIMEOUT
