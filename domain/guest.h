@@ -61,6 +61,7 @@ struct user { /* the space of a program, as its kernel knows it; user.c */
     uint32_t native, error, vector;
     uint32_t told;   /* 1: it was told to give the CPU back, and has not yet */
     uint32_t direct; /* 1: it is in a direct call, and has no frame */
+    uint32_t lost;   /* 1: it did not come into a frame, and is not given the turn again */
     uint64_t traps; /* so far */
 };
 int32_t user_init(void);

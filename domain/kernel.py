@@ -7,8 +7,8 @@ import sys
 import time
 import traceback
 from array import array
-from collections.abc import Coroutine
-from functools import cached_property
+from collections.abc import Callable, Coroutine
+from functools import cached_property, partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -61,7 +61,8 @@ class Kernel:
     def __init__(self, info: StartInfo) -> None:
         self.start, self.domid, self.name, self.cmdline = info, info.domid, info.name, info.cmdline
         self._shared_info: Any = ffi.cast("void *", info.window + info.shared_info)
-        self._last_ns: Any = ffi.new("uint64_t *")
+        #: System time: ns since the hypervisor booted. No call: the cycle counter and a record in shared_info. It never falls.
+        self.now_ns: Callable[[], int] = partial(lib.system_time, self._shared_info, info.boot_ns, ffi.new("uint64_t *"))
         self.hypercall = Trap(info.request_mqd, info.reply_mqd)
         self.evtchn = EventChannels(self, info.window + info.shared_info)
         p2m = array("Q", memory.read(info.window + info.mfn_list, 8 * info.max_pages))
@@ -164,11 +165,6 @@ class Kernel:
     def call(self, request: Hypercall[R]) -> R:
         """A hypercall, for what the library does not cover."""
         return self.hypercall(request)
-
-    def now_ns(self) -> int:
-        """System time: ns since the hypervisor booted. No call: the cycle counter and a record in shared_info."""
-        now: int = lib.system_time(self._shared_info, self.start.boot_ns, self._last_ns)
-        return now
 
     def wall_ns(self) -> int:
         """Wall-clock time: Unix time in ns, as dom0 set it."""

@@ -76,10 +76,17 @@ static struct ring1_call *call_of(const struct user *u)
     return (struct ring1_call *)(void *)(u->control + RING1_CALL_AT);
 }
 
+/* Whether the gate is to wake us. */
+static uint32_t *waits_of(const struct user *u)
+{
+    return (uint32_t *)(void *)(u->control + RING1_WAITS_AT);
+}
+
 static void give_turn(const struct user *u, uint32_t turn)
 {
     struct ring1_cell *cell = (void *)u->control;
 
+    *waits_of(u) = 0;
     __atomic_store_n(&cell->turn, turn, __ATOMIC_SEQ_CST);
     syscall(SYS_futex, &cell->turn, FUTEX_WAKE, 1, 0, 0, 0);
 }
@@ -201,6 +208,7 @@ static int wait_turn(const struct user *u, int64_t ns)
     int64_t end = ns < 0 ? 0 : now_ns() + ns;
     uint32_t turn;
 
+    __atomic_store_n(waits_of(u), 1, __ATOMIC_SEQ_CST);
     while ((turn = turn_of(u)) != RING1_TURN_KERNEL && turn != RING1_TURN_DEAD) {
         struct timespec left = {ns / 1000000000, ns % 1000000000};
 
@@ -257,7 +265,7 @@ int32_t user_frame(struct user *u)
 
     if (!u->direct)
         return 0;
-    u->direct = 0;
+    u->direct = 0, u->lost = 1;
     give_turn(u, RING1_TURN_FRAME);
     for (int i = 0; !wait_turn(u, FRAME_NS); i++)
         if (i == FRAME_TRIES)
@@ -265,6 +273,7 @@ int32_t user_frame(struct user *u)
     memcpy(&cell, u->control, sizeof cell);
     if (turn_of(u) == RING1_TURN_DEAD || cell.signal != SIGILL || cell.frame != RING1_USER_CONTROL + u->frame)
         return USER_DEAD;
+    u->lost = 0;
     return 0;
 }
 
@@ -288,7 +297,7 @@ static int32_t run_once(struct user *u, int64_t ns)
     sigset_t upcall;
     int came;
 
-    if (turn_of(u) == RING1_TURN_DEAD)
+    if (u->lost || turn_of(u) == RING1_TURN_DEAD)
         return USER_DEAD;
     sigemptyset(&upcall);
     sigaddset(&upcall, SIGUSR2);

@@ -11,7 +11,8 @@ A system call costs two switches of the host's and no hypercall. Taking the CPU 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from domain import memory
@@ -57,12 +58,13 @@ class UserSpace:
         kernel.memory.mmu.run((MmuextCommand.NEW_USER_BASEPTR, root_mfn, address + PAGE_SIZE // 2 - KERNEL_WINDOW))
         memory.zero(address + PAGE_SIZE // 2, len(mfns))
         self._user: Any = ffi.new("struct user *", {"control": ffi.cast("char *", address), "shared_info": kernel._shared_info})
+        self.enter: Callable[[int], int] = partial(lib.user_run, self._user)
         self.registers, self.words = self._view("registers"), self._view("arguments")
         # One word each, as the properties of these names, which cost twice as much to read.
         self.numbers, self.natives = self._view("number"), self._view("native", "I")
         self.came_direct = self._view("direct", "I")
         if lib.user_begin(self._user, START_NS) == lib.USER_DEAD:
-            self.dead = True
+            self.dead, self._user.lost = True, 1
         self._fresh = self.fpu
         self.registers[:] = memoryview(struct.pack(f"{COUNT}Q", *(0,) * COUNT)).cast("Q")
         self.registers[CS], self.registers[SS], self.registers[EFLAGS] = USER_CS, USER_SS, 0x202
@@ -76,15 +78,17 @@ class UserSpace:
     def run(self, timeout_ns: int) -> int:
         """Let the program go on, `timeout_ns` at most (-1: no limit); why it came back. What was asked of it is in `number`,
         `arguments`, `native`; `address`, `error`, `vector`; its registers in `registers`, until it runs again."""
+        kind: int = self.enter(timeout_ns)
+        return kind if kind == SYSCALL else self.came(kind)
+
+    def came(self, kind: int) -> int:
+        """The rest of `run`, of which `enter` is the first half: why it came back, where that was not plain at once."""
         if self.dead:
             return DEAD
-        kind: int = lib.user_run(self._user, timeout_ns)
-        if kind == SYSCALL:
-            return kind
         if kind == lib.USER_LATE:
             kind = self._take_back()
         if kind == DEAD:
-            self.dead = True
+            self.dead, self._user.lost = True, 1
         return kind
 
     def _take_back(self) -> int:
@@ -165,13 +169,13 @@ class UserSpace:
 
     def _frame(self) -> None:
         if not self.dead and lib.user_frame(self._user) == lib.USER_DEAD:
-            self.dead = True
+            self.dead, self._user.lost = True, 1
 
     # ---- the end
 
     def destroy(self) -> None:
         """End the process; the root and the control pages are this kernel's again. Idempotent."""
-        self.dead = True
+        self.dead, self._user.lost = True, 1
         try:
             self._kernel.hypercall(UserDestroy(self.root_mfn))
         except NoEntry:

@@ -38,7 +38,7 @@ class UserSpace(Space):
         except BaseException:
             kernel.memory.free(self._control)
             raise
-        self.direct = self._user.came_direct
+        self.direct, self._enter = self._user.came_direct, self._user.enter
         self.registers, self.arguments = self._user.registers, self._user.words  # type: ignore[assignment]
         self.map, self.unmap = self._table.map, self._table.unmap  # type: ignore[method-assign]
         self.map_all = self._table.map_all  # type: ignore[method-assign]
@@ -63,7 +63,9 @@ class UserSpace(Space):
 
     def run(self, timeout_ns: int) -> int:
         user = self._user
-        kind = user.run(timeout_ns)
+        kind = self._enter(timeout_ns)
+        if kind != SYSCALL:
+            kind = user.came(kind)  # which may find that it made one meanwhile
         if kind == SYSCALL:
             self.number, self.native = user.numbers[0], user.natives[0] == 1
         else:

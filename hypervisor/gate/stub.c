@@ -89,15 +89,16 @@ INLINE int ask(uint64_t address, uint64_t *error, const greg_t *reg)
 
 /* The direct entry, at RING1_USER_CALL: rax is the number, rcx where to go on, r11 anybody's, all else the program's. It has no
  * stack. The turn is given at CALL_GIVEN; a kernel that wants more than rax changed asks for a frame, and gets an exception. */
-enum { CALL_GIVEN = 0x80, CALL_BYTES = 0x100 };
+enum { CALL_GIVEN = 0x80, CALL_BYTES = 0x120 };
 __asm__(".pushsection stub_call,\"ax\",@progbits\n"
         "0: movabs $0x7FFC020000,%r11\n"
         "   mov %r15,64(%r11)\n mov %r14,72(%r11)\n mov %r13,80(%r11)\n mov %r12,88(%r11)\n mov %rbp,96(%r11)\n"
         "   mov %rbx,104(%r11)\n mov %r10,120(%r11)\n mov %r9,128(%r11)\n mov %r8,136(%r11)\n mov %rax,144(%r11)\n"
         "   mov %rcx,152(%r11)\n mov %rdx,160(%r11)\n mov %rsi,168(%r11)\n mov %rdi,176(%r11)\n mov %rsp,184(%r11)\n"
         "   rdfsbase %rax\n mov %rax,48(%r11)\n rdgsbase %rax\n mov %rax,56(%r11)\n"
-        "   movl $0,4(%r11)\n movl $0,(%r11)\n" /* the turn: stores are seen in this order */
+        "   movl $0,4(%r11)\n xor %eax,%eax\n xchg %eax,(%r11)\n" /* the turn; whoever waits is looked for after it */
         "   .org 0x80,0x90\n"
+        "   cmpl $0,192(%r11)\n je 1f\n"
         "   mov %r11,%rdi\n mov $1,%esi\n mov $1,%edx\n xor %r10d,%r10d\n mov $202,%eax\n syscall\n" /* FUTEX_WAKE */
         "1: movabs $0x7FFC020000,%rdi\n mov (%rdi),%eax\n test %eax,%eax\n jnz 2f\n"
         "   xor %esi,%esi\n xor %edx,%edx\n xor %r10d,%r10d\n mov $202,%eax\n syscall\n jmp 1b\n" /* FUTEX_WAIT */
@@ -106,10 +107,10 @@ __asm__(".pushsection stub_call,\"ax\",@progbits\n"
         "   mov 168(%r11),%rsi\n mov 176(%r11),%rdi\n jmp *%rcx\n"
         "3: cmp $3,%eax\n jne 4f\n ud2\n"
         "4: mov $231,%eax\n mov $2,%edi\n syscall\n jmp 4b\n"
-        "   .org 0x100,0xcc\n"
+        "   .org 0x120,0xcc\n"
         ".popsection\n");
-_Static_assert(RING1_USER_CONTROL == 0x7FFC020000 && RING1_CALL_AT == 64 && RING1_TURN_PROGRAM == 1 && RING1_TURN_FRAME == 3 &&
-                   FUTEX_WAIT == 0 && FUTEX_WAKE == 1 && SYS_futex == 202 && SYS_exit_group == 231,
+_Static_assert(RING1_USER_CONTROL == 0x7FFC020000 && RING1_CALL_AT == 64 && RING1_WAITS_AT == 192 &&
+                   RING1_TURN_PROGRAM == 1 && RING1_TURN_FRAME == 3 && FUTEX_WAIT == 0 && FUTEX_WAKE == 1 && SYS_futex == 202 && SYS_exit_group == 231,
                "above");
 
 /* The CPU is to be taken away, and the program is in there. Before it has given the turn there is no need; nor while it waits; and
@@ -153,8 +154,9 @@ STUB static void on_signal(int sig, siginfo_t *info, void *context)
     cell->frame = (uint64_t)(uintptr_t)c;
     cell->fs_base = __builtin_ia32_rdfsbase64();
     cell->gs_base = __builtin_ia32_rdgsbase64();
-    __atomic_store_n(&cell->turn, RING1_TURN_KERNEL, __ATOMIC_RELEASE);
-    CALL(SYS_futex, &cell->turn, FUTEX_WAKE, 1, 0);
+    __atomic_exchange_n(&cell->turn, RING1_TURN_KERNEL, __ATOMIC_SEQ_CST);
+    if (*(volatile uint32_t *)(RING1_USER_CONTROL + RING1_WAITS_AT))
+        CALL(SYS_futex, &cell->turn, FUTEX_WAKE, 1, 0);
     while (__atomic_load_n(&cell->turn, __ATOMIC_ACQUIRE) == RING1_TURN_KERNEL)
         CALL(SYS_futex, &cell->turn, FUTEX_WAIT, RING1_TURN_KERNEL, 0);
     if (cell->turn != RING1_TURN_PROGRAM)

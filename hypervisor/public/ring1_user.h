@@ -44,6 +44,7 @@ struct ring1_call { /* at RING1_USER_CONTROL + 64, of a direct call; the first o
     uint64_t r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, rsp;
 };
 #define RING1_CALL_AT 64
+#define RING1_WAITS_AT 192 /* u32, the kernel's: whether it waits for the turn and is to be woken */
 RING1_SIZE(ring1_call, 128); RING1_AT(ring1_call, r15, 0); RING1_AT(ring1_call, r14, 8); RING1_AT(ring1_call, r13, 16);
 RING1_AT(ring1_call, r12, 24); RING1_AT(ring1_call, rbp, 32); RING1_AT(ring1_call, rbx, 40); RING1_AT(ring1_call, r11, 48);
 RING1_AT(ring1_call, r10, 56); RING1_AT(ring1_call, r9, 64); RING1_AT(ring1_call, r8, 72); RING1_AT(ring1_call, rax, 80);

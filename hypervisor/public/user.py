@@ -14,12 +14,14 @@ and the control region, and nothing else. Host mappings follow the root's tables
            u64 frame @40   u64 fs_base @48   u64 gs_base @56
 
 The program, or the kernel, runs, as `turn` says: 1 the program, 0 its kernel, 2 the space is gone (the hypervisor's word).
-Both wait for it with FUTEX_WAIT and wake each other with FUTEX_WAKE. When the gate gives the turn to the kernel, `signal` is
-the host's signal that took the program there: 31 a system call (`number`, and the table it is of in `arch`), 10 the CPU is
-taken away (UserInterrupt), else an exception (`vector`, `error`, and `address` of vector 14). `frame` is where in the region
-the host's kernel put all registers (Linux's struct ucontext, the vector registers behind a pointer in it); they go back from
-there when the program has the turn. FS and GS base are beside it. A program begins as an exception of the gate's own: whoever
-made the space sets `turn` to 1 before, waits for it to be 0, and finds a frame there.
+Both wait for it with FUTEX_WAIT and wake each other with FUTEX_WAKE; the gate only where the u32 at WAITS_AT is not 0, which
+the kernel sets before it looks at the turn a last time, and waits: on one CPU the program runs at once, and there is no need.
+When the gate gives the turn to the kernel, `signal` is the host's signal that took the program there: 31 a system call
+(`number`, and the table it is of in `arch`), 10 the CPU is taken away (UserInterrupt), else an exception (`vector`, `error`,
+and `address` of vector 14). `frame` is where in the region the host's kernel put all registers (Linux's struct ucontext, the
+vector registers behind a pointer in it); they go back from there when the program has the turn. FS and GS base are beside it.
+A program begins as an exception of the gate's own: whoever made the space sets `turn` to 1 before, waits for it to be 0, and
+finds a frame there.
 
 A program whose kernel rewrote its system calls hands over without the host: it jumps to USER_CALL, in the gate page, with the
 number in rax, where it will go on in rcx, and r11 free. `signal` is 0 then, `frame` as it was, and the registers but RIP (in
@@ -53,6 +55,7 @@ MAX_USERS = 128  # spaces of a domain
 CELL = struct.Struct("<IIQIIQQQQQ")
 assert CELL.size == 64
 CALL_AT = CELL.size
+WAITS_AT = CALL_AT + 128
 TURN_KERNEL, TURN_PROGRAM, TURN_DEAD, TURN_FRAME = 0, 1, 2, 3
 ARCH_X86_64, X32_BIT = 0xC000003E, 1 << 30
 

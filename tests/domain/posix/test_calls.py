@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_random_calls(seed: int) -> None:
                 process.reap()
             task = program(system, context)
         system.load(task)
-        system.syscall(task, dice.choice(numbers), [dice.choice(words)() for _ in range(6)])
+        system.syscall(task, dice.choice(numbers), array("Q", [dice.choice(words)() for _ in range(6)]))
         for other in list(system.tasks.values()):
             if other.generator is not None:
                 if other.waiter:
