@@ -32,7 +32,7 @@ class Trap:
         result: R = request.result(self._values(size))
         return result
 
-    def post(self, request: Hypercall[Any]) -> None:
+    def post(self, request: Hypercall[None]) -> None:
         """Ask, and go on: whoever sleeps next is not woken for an answer that says nothing. For calls that are not refused;
         of one that was after all the next call tells, by raising its XenError."""
         message = self._next(request)

@@ -96,7 +96,8 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
     memory = task.memory
     base = PIE_BASE if image.kind == ET_DYN else 0
     end = load(memory, inode, image, base)
-    memory.brk_start = memory.brk_end = page_up(end) + PAGE_SIZE
+    vdso = page_up(end) + PAGE_SIZE  # most often by the text's own table: code of a second one costs a fork two requests more
+    memory.brk_start = memory.brk_end = vdso + 3 * PAGE_SIZE
     entry = base + image.entry
     loader_base = 0
     if loader is not None:
@@ -112,7 +113,7 @@ def execve(task: Task, path: bytes, arguments: list[bytes], environment: list[by
         AT_PHDR: base + headers, AT_PHENT: PHDR.size, AT_PHNUM: image.count, AT_BASE: loader_base, AT_ENTRY: base + image.entry,
     }  # fmt: skip
     if task.system.vdso is not None:
-        auxiliary[AT_SYSINFO_EHDR] = task.system.vdso.map(memory)
+        auxiliary[AT_SYSINFO_EHDR] = task.system.vdso.map(memory, vdso)
     stack = _stack(task, arguments, environment, path, auxiliary)
     task.registers[0 : r.COUNT] = array("Q", r.start(entry, stack))
     task.set_fpu_state(b"")

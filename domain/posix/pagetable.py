@@ -33,6 +33,7 @@ class UserTable:
     def __init__(self, kernel: Kernel, space: Space) -> None:
         """`space`: whose `stale` is kept; the run loop looks at it once a system call."""
         self._space = space
+        self._asked = -1  # flushes when `expel` was asked for
         self._memory, self._queue = kernel.memory, kernel.memory.mmu
         self._l1_pages: list[int] = []  # pfns
         self._l2_pages: list[int] = []
@@ -108,15 +109,22 @@ class UserTable:
 
     def expel(self) -> None:
         """Tables with code are named by nobody until the next flush: whoever still runs in this space faults, and waits in the
-        gate then. Asked for now, in force with `expelled`. Two requests and no work an entry."""
+        gate then. Two requests, and no work an entry; in force with the next flush of any table, or `settle`."""
         self._hidden = {number for number in self._code if number in self._l1}
         for number in self._hidden:
             self._name(number, 0)
         self._space.stale = True
-        self._queue.post()
+        self._asked = self._queue.flushes
 
-    def expelled(self) -> None:
-        self._queue.settle()
+    @property
+    def in_force(self) -> bool:
+        """What `expel` asked for is."""
+        return self._queue.flushes > self._asked
+
+    def settle(self) -> None:
+        """So it is."""
+        if not self.in_force:
+            self._queue.flush()
 
     def _name(self, number: int, table: int) -> None:
         """An L2's entry for an L1 at a machine address, or for none."""

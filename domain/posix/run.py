@@ -213,6 +213,7 @@ class System:
                 if self.due():
                     await _again()
             else:
+                self.spaces.settle()
                 self._work.clear()
                 await self._work.wait()
         return init.exit_status

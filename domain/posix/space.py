@@ -59,6 +59,14 @@ class Space:
     def expel(self) -> None:
         """Begin to take the code away from whoever still runs in its process."""
 
+    @property
+    def is_expelled(self) -> bool:
+        """`expelled` would not have to wait for that."""
+        return True
+
+    def settle(self) -> None:
+        """It is in force that its code is gone."""
+
     def expelled(self) -> None:
         """It is gone: the only thread there waits for its registers, or will when it next has the CPU."""
 

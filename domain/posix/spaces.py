@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from domain.posix.space import Space
 
 IDLE = 8  # spaces kept
+FEW = 2  # where fewer are idle a new one is made rather than waited for: who forks again and again takes turns with two
 LEFT_PAGES = 512  # kept behind each
 Program = tuple[int, bool]  # Memory.program
 
@@ -44,7 +45,7 @@ class Spaces:
     def take(self, program: Program) -> tuple[Space, dict[int, int]]:
         """One that `program` has left, or a new one, or whichever there is; and what is left in it. Raises Errno(ENOMEM,
         EAGAIN)."""
-        found = self.find(program)
+        found = self.find(program, len(self.idle) < FEW)
         if found is not None:
             return found
         if len(self.idle) < IDLE:
@@ -58,10 +59,15 @@ class Spaces:
                 return found
         raise Errno(errno.EAGAIN)
 
-    def find(self, program: Program) -> tuple[Space, dict[int, int]] | None:
-        """One that `program` has left, if there is one."""
-        for idle in reversed(self.idle):
-            if idle.program == program and (found := self._use(idle)):
+    def settle(self) -> None:
+        """There is nothing else to do: no code is left in any."""
+        if self.idle:
+            self.idle[-1].space.settle()
+
+    def find(self, program: Program, at_once: bool = False) -> tuple[Space, dict[int, int]] | None:
+        """One that `program` has left, the one that it left first, if there is one; `at_once`: that need not be waited for."""
+        for idle in list(self.idle):
+            if idle.program == program and not (at_once and not idle.space.is_expelled) and (found := self._use(idle)):
                 return found
         return None
 

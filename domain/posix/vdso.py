@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from domain.posix.vma import PROT_EXEC, PROT_READ, VDSO
+from domain.posix.vma import PROT_EXEC, PROT_READ
 from hypervisor.public.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ class Vdso:
         self._record, self._code = Page(b"[vvar]"), Page(b"[vdso]", IMAGE)
         cache.place(self._record, record)
 
-    def map(self, memory: Memory) -> int:
-        """Into a program's empty space; its address, for AT_SYSINFO_EHDR. Filled at once: a C library looks at it before main.
-        Raises Errno(ENOMEM)."""
-        memory.map(VDSO - PAGE_SIZE, PAGE_SIZE, PROT_READ, file=self._record)
-        memory.map(VDSO, PAGE_SIZE, PROT_READ | PROT_EXEC, file=self._code)
-        memory.fault(VDSO - PAGE_SIZE, False)
-        memory.fault(VDSO, False)
-        return VDSO
+    def map(self, memory: Memory, at: int) -> int:
+        """Two pages at `at` of a program's space; where the second is, for AT_SYSINFO_EHDR. Filled at once: a C library looks
+        at it before main. Raises Errno(ENOMEM)."""
+        code = at + PAGE_SIZE
+        memory.map(at, PAGE_SIZE, PROT_READ, file=self._record)
+        memory.map(code, PAGE_SIZE, PROT_READ | PROT_EXEC, file=self._code)
+        memory.fault(at, False)
+        memory.fault(code, False)
+        return code

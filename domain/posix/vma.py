@@ -11,11 +11,9 @@ from hypervisor.public.types import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 USER_START, FILES = 0x10_0000, 0x7F_F800_0000  # below and above what is the program's: fast.h
-USER_END = TOP = FILES
-VDSO = TOP - PAGE_SIZE
-STACK_TOP = VDSO - PAGE_SIZE  # the page between is the time record's; one table has them all
+USER_END = STACK_TOP = FILES
 STACK_BYTES = 8 << 20
-MMAP_TOP = TOP - STACK_BYTES - (1 << 20)  # mappings grow down from here
+MMAP_TOP = STACK_TOP - STACK_BYTES - (1 << 20)  # mappings grow down from here
 NEAR_END = 0x200_0000  # thunks reach text below (sites.py)
 PIE_BASE = 0x55_5500_0000
 
