@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from domain._guest import lib
+from domain.posix.space import SYSCALL
 from domain.posix.spaces import IDLE
+from domain.posix.userspace import UserSpace
 from tests.domain.posix import programs
 
 SOURCE = Path(__file__).with_name("programs.c")
@@ -122,3 +126,11 @@ def test_nothing_is_left_of_programs_that_ended(disk: bytes) -> None:
     assert result.system.frames.used == 0
     assert list(result.system.processes) == [1]
     assert len(result.system.spaces.idle) <= IDLE
+
+
+def test_a_call_that_comes_while_the_cpu_is_taken_away_is_that_call() -> None:
+    """The number is that of this call, not of the last one."""
+    space = UserSpace.__new__(UserSpace)
+    space._enter = lambda ns: lib.USER_LATE
+    space._user = SimpleNamespace(came=lambda kind: SYSCALL, numbers=[39], natives=[1])  # type: ignore[assignment]
+    assert space.run(1) == SYSCALL and (space.number, space.native) == (39, True)
